@@ -1,0 +1,86 @@
+"""From a name in a config to the function it names, with its arguments checked.
+
+A name is a public function of the module that owns the idea (`schedule.name='cosine'` is
+`diffax.schedules.cosine`); a dotted name reaches a module of the user's own. There is no registry:
+to add a schedule, write a function.
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+
+
+class ConfigError(ValueError):
+  """Something the user wrote cannot be; the message is one line that says what and the remedy."""
+
+
+def near(name, allowed):
+  """', did you mean X?' and what is allowed, for the end of a message."""
+  allowed = sorted(map(str, allowed))
+  close = difflib.get_close_matches(str(name), allowed, 3, 0.5)
+  hint = f'did you mean {" or ".join(close)}? ' if close else ''
+  return f'{hint}allowed: {", ".join(allowed) or "nothing"}'
+
+
+def functions(owner):
+  """{name: function} of the public functions of a module, or of all modules of a package."""
+  module = importlib.import_module(owner)
+  if owner.split('.')[0] == 'optax':  # optax gathers its functions from private modules
+    return {k: f for k, f in vars(module).items() if inspect.isfunction(f) and k[0] != '_'}
+  modules = [module]
+  if hasattr(module, '__path__'):
+    modules = [
+      importlib.import_module(f'{owner}.{m.name}') for m in pkgutil.iter_modules(module.__path__)
+    ]
+  return {
+    k: f
+    for m in modules
+    for k, f in vars(m).items()
+    if inspect.isfunction(f) and f.__module__ == m.__name__ and k[0] != '_'
+  }
+
+
+def find(owner, name, path):
+  """The function `name` of `owner`, or of the user's module where `name` is dotted.
+
+  path: where in the config the name stands, for messages. Raises ConfigError.
+  """
+  if '.' in name:
+    owner, name = name.rsplit('.', 1)
+    try:
+      importlib.import_module(owner)
+    except ImportError as error:
+      raise ConfigError(
+        f'{path}.name={owner}.{name}: cannot import {owner} ({error}); is it on PYTHONPATH?'
+      ) from error
+  choices = functions(owner)
+  if name not in choices:
+    raise ConfigError(f'{path}.name={name!r} is no function of {owner}; {near(name, choices)}')
+  return choices[name]
+
+
+def parameters(function, given=()):
+  """{name: Parameter} of what a config may say to `function`; `given` are what the code gives."""
+  kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+  all_of_them = inspect.signature(function).parameters
+  return {k: p for k, p in all_of_them.items() if k not in given and p.kind not in kinds}
+
+
+def build(owner, spec, *args, path, skip=()):
+  """Calls the function that `spec['name']` names with `args` and the rest of `spec`, less `skip`.
+
+  A ValueError of the function becomes a ConfigError that says where in the config it arose.
+  """
+  kwargs = {k: v for k, v in spec.items() if k != 'name' and k not in skip}
+  function = find(owner, spec['name'], path)
+  try:
+    inspect.signature(function).bind(*args, **kwargs)
+  except TypeError as error:
+    raise ConfigError(f'{path}: {spec["name"]}: {error}') from error
+  try:
+    return function(*args, **kwargs)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f'{path}: {error}') from error

@@ -1,0 +1,325 @@
+"""Config files: loading, overriding, completing and checking them, all before any device work.
+
+A config is plain data. `SLOTS` says at which places of it a function is named and which module owns
+it. `complete` fills in every parameter that a named function has and the file leaves out, so that
+any of them can be overridden (`--config.model.dtype=bfloat16`) and `config.json` holds the whole
+experiment.
+"""
+
+import copy
+import importlib.util
+import inspect
+import json
+import re
+import typing
+from typing import NamedTuple
+
+from absl import flags
+from etils import epath
+from ml_collections import config_dict
+from ml_collections import config_flags
+
+from diffax import build
+from diffax.build import ConfigError
+
+
+class Slot(NamedTuple):
+  """A place where a config names a function.
+
+  path: a pattern for the place. owner: the module or package it is looked up in. given: the
+  parameters the code provides. extra: what else may stand there, with defaults.
+  """
+
+  path: str
+  owner: str
+  given: tuple = ()
+  extra: dict = {}
+
+
+SAMPLER = dict(steps=50, grid=dict(name='uniform'))
+SAMPLING = dict(sampler=dict(name='dpmpp_2m'), guidance=1.0, interval=(), ema='', seed=0)
+
+SLOTS = (
+  Slot(r'data', 'diffax.data.sources', extra=dict(size=0, flip=False, workers=0, on_error='raise')),
+  Slot(r'task', 'diffax.tasks', ('config', 'source')),
+  Slot(r'schedule', 'diffax.schedules'),
+  Slot(r'prediction', 'diffax.predictions', ('schedule',)),
+  Slot(r'loss\.time', 'diffax.times', ('schedule',)),
+  Slot(r'loss\.weight', 'diffax.losses'),
+  Slot(r'model', 'diffax.models'),
+  Slot(r'optimizer', 'optax', ('learning_rate',), dict(clip=0.0)),
+  Slot(r'learning_rate', 'optax.schedules'),
+  Slot(r'evals\.\w+', 'diffax.evals', ('run', 'path'), dict(every=0)),
+  Slot(r'(sample|evals\.\w+)\.sampler', 'diffax.samplers', extra=SAMPLER),
+  Slot(r'(sample|evals\.\w+)\.sampler\.grid', 'diffax.grids', ('schedule', 'steps')),
+)
+
+DEFAULTS = dict(
+  seed=0,
+  steps=int,  # a type: must be given
+  batch_size=int,
+  accumulate=1,  # microbatches a step
+  data=dict(name='digits'),
+  task=dict(name='generate'),
+  schedule=dict(name='linear'),
+  prediction=dict(name='velocity'),
+  loss=dict(time=dict(name='uniform'), weight=dict(name='uniform')),
+  model=dict,
+  optimizer=dict(name='adamw'),
+  learning_rate=dict(name='constant_schedule', value=1e-4),
+  ema=(0.9999,),
+  mesh=dict(data=-1, fsdp=1),
+  sharding=(('.*', 'fsdp'),),
+  log_every=50,
+  save_every=1000,
+  keep=dict(last=3, every=0),  # checkpoints: the newest ones, and those at multiples of `every`
+  evals={},
+  sample=dict(count=64, batch_size=64, labels='balanced', **SAMPLING),
+)
+
+# What a run may change and still be the same run: the rest decides the numbers it computes.
+FREE = (
+  'steps',
+  'accumulate',
+  'mesh',
+  'sharding',
+  'log_every',
+  'save_every',
+  'keep',
+  'evals',
+  'sample',
+  'data.workers',
+  'model.remat',
+)
+
+
+def load(path):
+  """The config of `FILE[:variant]`, as a dict. Raises ConfigError, naming what exists."""
+  file, _, variant = str(path).partition(':')
+  place = epath.Path(file)
+  if not place.exists():
+    around = place.parent if place.parent.exists() else epath.Path('configs')
+    names = [str(p) for p in around.glob('*.py')] if around.exists() else []
+    raise ConfigError(f'--config={file}: no such file; {build.near(file, names)}')
+  spec = importlib.util.spec_from_file_location(place.stem + '_config', file)
+  if spec is None:
+    raise ConfigError(f'--config={file}: not a Python file')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    get_config = module.get_config
+  except Exception as error:
+    raise ConfigError(f'--config={file}: {type(error).__name__}: {error}') from error
+  allowed = next(
+    (typing.get_args(p.annotation) for p in inspect.signature(get_config).parameters.values()), ()
+  )
+  if variant and variant not in allowed:
+    raise ConfigError(
+      f'--config={path}: no variant {variant!r}; {build.near(variant, allowed)} (a config lists '
+      "its variants as get_config(variant: Literal['full', ...] = 'full'))"
+    )
+  config = get_config(variant) if variant else get_config()
+  return _plain(config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+
+
+def _plain(tree):
+  if isinstance(tree, dict):
+    return {k: _plain(v) for k, v in tree.items()}
+  return tuple(map(_plain, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
+def _slot(path):
+  return next((s for s in SLOTS if re.fullmatch(s.path, path)), None)
+
+
+def complete(config):
+  """`config` with all defaults, every key, name and type checked. Raises ConfigError."""
+  config = copy.deepcopy(config)
+  if isinstance(config.get('ema'), (int, float)):
+    config['ema'] = (config['ema'],)
+  if isinstance(config.get('learning_rate'), (int, float)):
+    config['learning_rate'] = dict(name='constant_schedule', value=float(config['learning_rate']))
+  return _complete(config, DEFAULTS, '')
+
+
+def _complete(values, defaults, path):
+  """Merges a level of the config with its defaults, which a slot's function adds to."""
+  slot = _slot(path)
+  if slot:
+    if isinstance(values, str):
+      values = dict(name=values)
+    if not isinstance(values, dict):
+      raise ConfigError(f'{path}={values!r}: give dict(name=..., ...) or a name')
+    name = values.get('name', defaults.get('name') if isinstance(defaults, dict) else None)
+    if not isinstance(name, str):
+      raise ConfigError(f'{path}: says no name; {build.near("", build.functions(slot.owner))}')
+    defaults = {
+      **_signature(slot, name, path),
+      **slot.extra,
+      **(defaults if isinstance(defaults, dict) and defaults.get('name') == name else {}),
+      'name': name,
+    }
+  elif not isinstance(values, dict):
+    raise ConfigError(f'{path}={values!r}: give a dict with {", ".join(defaults)}')
+  unknown = [
+    k for k in values if k not in defaults and path != 'evals'
+  ]  # whose keys are the user's
+  if unknown:
+    where = f'{path}.{unknown[0]}' if path else unknown[0]
+    what = f' ({values["name"]} takes no such argument)' if slot and 'name' in values else ''
+    raise ConfigError(f'config has no {where!r}{what}; {build.near(unknown[0], defaults)}')
+  done = {}
+  for key in {**defaults, **values}:
+    where = f'{path}.{key}' if path else key
+    default = defaults.get(key, {} if path == 'evals' else None)
+    value = values.get(key, default)
+    if isinstance(value, type) or value is inspect.Parameter.empty:
+      raise ConfigError(f'config says no {where!r}, which is needed')
+    if isinstance(default, dict) or default is dict or _slot(where):
+      value = _complete(value, default if isinstance(default, dict) else {}, where)
+    elif key in values:
+      value = _typed(value, default, where)
+    if value is not None or key in values:
+      done[key] = value
+  return done
+
+
+def _signature(slot, name, path):
+  """{parameter: default} of the function named; a type where there is no default."""
+
+  def default(p):
+    if p.default is not inspect.Parameter.empty:
+      return p.default
+    return p.annotation if p.annotation in (int, float, str, bool, tuple, dict) else p.empty
+
+  known = build.parameters(build.find(slot.owner, name, path), slot.given)
+  return {k: default(p) for k, p in known.items() if default(p) is None or _is_data(default(p))}
+
+
+def _is_data(value):
+  """Whether a default is plain data, or a type: 'must be given'. Functions stay unsaid."""
+  return isinstance(value, (bool, int, float, str, tuple, list, dict, type))
+
+
+def _typed(value, default, where):
+  """`value`, of the default's type; an int will do for a float."""
+  kind = default if isinstance(default, type) else type(default)
+  if default is None or kind is inspect.Parameter.empty:
+    return value
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  kinds = (tuple, list) if kind in (tuple, list) else kind
+  if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+    raise ConfigError(
+      f'config.{where}={value!r} is {type(value).__name__}; it must be {kind.__name__}'
+    )
+  return value
+
+
+def override(config, arguments):
+  """Applies `--config.a.b=value` arguments to a config from `load`; returns it complete.
+
+  Names are applied first, for they decide which other arguments there are.
+  """
+  pairs = []
+  for argument in arguments:
+    path, eq, text = argument.removeprefix('--config.').partition('=')
+    if not eq:
+      raise ConfigError(f'{argument}: write --config.{path}=VALUE')
+    pairs.append((path, text))
+  for path, text in pairs:
+    if _slot(path) and not text.startswith('{'):
+      path = f'{path}.name'
+    if path.endswith('.name'):
+      _rename(config, path.split('.')[:-1], text)
+  full = complete(config)
+  values = flags.FlagValues()
+  for path, _ in pairs:
+    _known(full, path)
+  rest = [
+    f'--config.{path}={text}'
+    for path, text in pairs
+    if not path.endswith('.name') and not (_slot(path) and not text.startswith('{'))
+  ]
+  config_flags.DEFINE_config_dict(
+    'config',
+    config_dict.ConfigDict(full, sort_keys=False),
+    lock_config=False,
+    accept_new_attributes=True,
+    flag_values=values,
+    sys_argv=['diffax', *rest],
+  )
+  try:
+    values(['diffax', *rest])
+  except flags.Error as error:
+    raise ConfigError(' '.join(str(error).split())) from error
+  return complete(_plain(values.config.to_dict()))
+
+
+def _rename(config, path, name):
+  """Sets the name at `path`; arguments that only the old function had go with it."""
+  for key in path[:-1]:
+    value = config.setdefault(key, {})
+    config[key] = config = dict(name=value) if isinstance(value, str) else value
+  old = config.get(path[-1], {})
+  old = dict(name=old) if isinstance(old, str) else old if isinstance(old, dict) else {}
+  if old.get('name') == name:
+    return
+  slot = _slot('.'.join(path))
+  known = (
+    {**build.parameters(build.find(slot.owner, name, '.'.join(path)), slot.given), **slot.extra}
+    if slot
+    else old
+  )
+  config[path[-1]] = {'name': name} | {k: v for k, v in old.items() if k in known and k != 'name'}
+
+
+def _known(full, path):
+  """Raises ConfigError where an override's path leads nowhere."""
+  at, sofar = full, []
+  for key in path.split('.'):
+    slot = _slot('.'.join(sofar))
+    allowed = set(at) if isinstance(at, dict) else set()
+    if slot and isinstance(at, dict):
+      allowed |= set(
+        build.parameters(build.find(slot.owner, at['name'], '.'.join(sofar)), slot.given)
+      )
+    if key not in allowed:
+      raise ConfigError(
+        f'--config.{path}: no {".".join([*sofar, key])!r} in the config; {build.near(key, allowed)}'
+      )
+    at, sofar = (at.get(key) if isinstance(at, dict) else None), [*sofar, key]
+
+
+def save(config, path):
+  """Writes the config as JSON."""
+  path.write_text(
+    json.dumps(config, indent=2).replace('Infinity', '1e999') + '\n'
+  )  # JSON knows no Infinity
+
+
+def read(path):
+  """A config that `save` wrote. Raises ConfigError where the file is damaged."""
+  try:
+    return _plain(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ConfigError(f'{path} is not readable JSON ({error})') from error
+
+
+def differences(old, new):
+  """['model.width: 64 -> 96', ...]: how two configs differ in what a run may not change."""
+  flat = lambda tree, path='': (
+    {path: tree}
+    if not isinstance(tree, dict) or path in FREE
+    else {
+      k: v
+      for key, value in tree.items()
+      for k, v in flat(value, f'{path}.{key}'.strip('.')).items()
+    }
+  )
+  old, new = flat(old), flat(new)
+  return [
+    f'{k}: {old.get(k)} -> {new.get(k)}'
+    for k in sorted({**old, **new})
+    if k not in FREE and old.get(k) != new.get(k)
+  ]

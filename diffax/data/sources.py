@@ -1,0 +1,233 @@
+"""Where images come from: sources are random access to records, made by functions named in configs.
+
+`c.data = dict(name='tfds', dataset='cifar10')` calls `tfds(dataset='cifar10')`. A source is a
+`Source` or anything that behaves like one, so one of your own is a function in a module of yours:
+
+  len(source)         number of records
+  source[i]           dict(image=uint8 [h w c], label=int32 []); raises where the record is broken
+  source.shape        (h, w, c); h and w are None where the images have no one size
+  source.classes      number of classes, 0 where there are none (label is then 0)
+  source.name_of(i)   what an error calls record i
+
+Nothing is decoded before a record is asked for, and a source pickles, so that worker processes can
+do the decoding.
+"""
+
+import dataclasses
+import difflib
+import functools
+import io
+import itertools
+import os
+from collections.abc import Callable
+
+from etils import epath
+import numpy as np
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Random access to `length` images; `read(i) -> (uint8 [h w c], label)` must pickle."""
+  read: Callable
+  name_of: Callable[[int], str]
+  length: int
+  shape: tuple[int | None, int | None, int]
+  classes: int
+
+  def __len__(self):
+    return self.length
+
+  def __getitem__(self, i):
+    if not 0 <= i < self.length:  # also what ends `for record in source`
+      raise IndexError(f'record {i} of {self.length}')
+    image, label = self.read(int(i))
+    return dict(image=image, label=np.int32(label))
+
+
+# digits: 8x8, inside scikit-learn, so that everything runs before anything is downloaded
+
+
+def digits(split='train'):
+  """The UCI handwritten digits of scikit-learn, [8 8 1], 10 classes.
+
+  Args:
+    split: 'test' is every fifth image (i % 5 == 4, 359 in all), 'train' the other 1438, or 'all'.
+  """
+  _known('split of digits', split, ('train', 'test', 'all'))
+  from sklearn import datasets
+  data = datasets.load_digits()
+  held_out = np.arange(len(data.images)) % 5 == 4
+  keep = {'train': ~held_out, 'test': held_out, 'all': held_out | True}[split]
+  images = np.rint(data.images[keep, :, :, None] * (255 / 16)).astype(np.uint8)  # 16 grey levels
+  labels = data.target[keep].astype(np.int32)
+  return Source(
+    read=functools.partial(_read_memory, images, labels),
+    name_of=functools.partial(_record_name, f'digits/{split}'),
+    length=len(images), shape=images.shape[1:], classes=10)
+
+
+def _read_memory(images, labels, i):
+  return images[i], labels[i]
+
+
+def _record_name(what, i):
+  return f'{what} record {i}'
+
+
+# tfds: any prepared image set of TensorFlow Datasets, read without TensorFlow
+
+
+def tfds(dataset, split='train', data_dir=None):
+  """An image set of TensorFlow Datasets, prepared in the array_record format; never downloads.
+
+  Args:
+    dataset: 'cifar10', 'imagenet_resized/64x64' or, to hold to a version, 'cifar10:3.0.2'.
+    split: any split of the set, also a part of one: 'train[:1000]', 'train[90%:]'.
+    data_dir: the folder that holds the prepared sets, gs:// too; $DIFFAX_DATA/tfds by default,
+      and ../shared/data/tfds where DIFFAX_DATA is not set.
+
+  Raises:
+    ValueError: the set or the split is not there, or the set has no uint8 image.
+  """
+  if data_dir is None:
+    data_dir = os.path.join(os.environ.get('DIFFAX_DATA') or '../shared/data', 'tfds')
+  prepared = _prepared(data_dir)
+  _known(f'dataset in {data_dir}', dataset, prepared,
+         "prepare it with tfds.builder(name, data_dir=..., file_format='array_record')"
+         '.download_and_prepare(), or point --config.data.data_dir or DIFFAX_DATA at it')
+  import tensorflow_datasets
+  builder = tensorflow_datasets.builder_from_directory(prepared[dataset])
+  if not isinstance(split, str) or split.split('[')[0] not in builder.info.splits:
+    _known(f'split of {dataset}', split, builder.info.splits)
+  feature, (h, w, c), classes = _image_feature(dataset, builder.info.features)
+  skip = {feature: tensorflow_datasets.decode.SkipDecoding()}
+  try:
+    # tfds's own decoding takes twice as long, and cannot bring a grey JPEG to 3 channels
+    records = builder.as_data_source(split=split, decoders=skip)
+  except ValueError as e:  # a malformed slice such as train[:1x]
+    raise ValueError(f'{dataset} cannot read split {split!r}: {_one_line(e)}') from e
+  except NotImplementedError as e:
+    raise ValueError(f'{prepared[dataset]} is not in a format of random access: prepare it again '
+                     "with file_format='array_record'") from e
+  return Source(
+    read=functools.partial(_read_tfds, records, feature, c, 'label' if classes else None),
+    name_of=functools.partial(_record_name, f'{dataset}/{split}'),
+    length=len(records), shape=(h, w, c), classes=classes)
+
+
+def _prepared(data_dir):
+  """{'cifar10': path of the newest version, 'cifar10:3.0.2': path, ...} of a TFDS folder."""
+  root = epath.Path(data_dir)
+  if not root.exists():
+    raise ValueError(f'there is no folder {data_dir}: set DIFFAX_DATA to the one that holds tfds/, '
+                     'or --config.data.data_dir to the one that holds the prepared sets')
+  found = {}
+  for depth in ('*/*', '*/*/*'):  # name/version and name/config/version
+    for info in root.glob(f'{depth}/dataset_info.json'):
+      *name, version = info.parent.relative_to(root).parts
+      found['/'.join(name), version] = str(info.parent)
+  newest = sorted(found, key=lambda key: [int(n) for n in key[1].split('.') if n.isdigit()])
+  paths = {name: found[name, version] for name, version in newest}
+  return paths | {f'{name}:{version}': path for (name, version), path in found.items()}
+
+
+def _image_feature(dataset, features):
+  """Name of the image among a set's features, its shape [h w c], the number of classes."""
+  import tensorflow_datasets
+  kinds = tensorflow_datasets.features
+  names = [name for name, f in features.items() if isinstance(f, kinds.Image)]
+  name = 'image' if 'image' in names else next(iter(names), None)
+  image = features[name] if name else None
+  if image is None or image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
+    raise ValueError(f'{dataset} has no uint8 image of 1 or 3 channels: {_one_line(features)}')
+  label = dict(features.items()).get('label')
+  classes = label.num_classes if isinstance(label, kinds.ClassLabel) else 0
+  return name, image.shape, classes or 0
+
+
+def _read_tfds(records, feature, channels, label, i):
+  record = records[i]
+  return decode(record[feature], channels), record[label] if label else 0
+
+
+# folder: one image file a record
+
+
+def folder(path, split='train', channels=3):
+  """Image files: path/split/class/*.png, or path/class/*.png where no split folder is there.
+
+  The classes are the subfolders in alphabetical order; a folder that holds the images themselves
+  has none. Files that end in none of `SUFFIXES` are passed over.
+
+  Args:
+    path: a folder, gs:// too.
+    split: name of a subfolder; only 'train' may be missing, and is then all that `path` holds.
+    channels: 3 for RGB, 1 for grey; every image is brought to it.
+
+  Raises:
+    ValueError: there is no such folder or split, or no image in it.
+  """
+  _known('number of channels', channels, (1, 3))
+  root = epath.Path(path)
+  if not root.is_dir():
+    raise ValueError(f'there is no folder {str(path)!r}: set --config.data.path to the images')
+  parts = sorted(p.name for p in root.iterdir() if p.is_dir())
+  # a folder of other splits must not be taken for a folder of classes
+  if split in parts or split != 'train' or {'test', 'val', 'valid', 'validation'} & set(parts):
+    _known(f'split in {path}', split, parts)
+    root = root / split
+  names = sorted(p.name for p in root.iterdir() if p.is_dir())
+  files, labels = _list_images(root), []
+  if names and files:
+    raise ValueError(f'{root} holds images beside class folders: move {files[0]} into a class')
+  if names:
+    by_class = [_list_images(root / name) for name in names]
+    files = list(itertools.chain(*by_class))
+    labels = np.repeat(np.arange(len(names), dtype=np.int32), [len(fs) for fs in by_class])
+  if not files:
+    raise ValueError(f'no image in {root} or its class folders: '
+                     f'files must end in {", ".join(SUFFIXES)}')
+  return Source(
+    read=functools.partial(_read_file, files, labels, channels), name_of=files.__getitem__,
+    length=len(files), shape=(None, None, channels), classes=len(names))
+
+
+def _list_images(path):
+  return sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _read_file(files, labels, channels, i):
+  return decode(epath.Path(files[i]).read_bytes(), channels), labels[i] if len(labels) else 0
+
+
+def decode(data, channels):
+  """Bytes of an image file -> uint8 [h w c]; raises where they are broken or hold more than 8 bits.
+
+  An alpha channel is dropped and the EXIF orientation ignored, as is usual with training sets.
+  """
+  from PIL import Image
+  with Image.open(io.BytesIO(data)) as image:
+    if image.mode in ('I', 'F') or image.mode.startswith('I;'):  # PIL would clip these to 255
+      raise ValueError(f'{image.mode} images have more than 8 bits: convert them to 8')
+    mode = {1: 'L', 3: 'RGB'}[channels]
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
+  return pixels[:, :, None] if channels == 1 else pixels
+
+
+def _known(what, value, allowed, remedy=''):
+  """Raises a ValueError that lists what is allowed, and what is near, unless value is among it."""
+  allowed = list(allowed)
+  if value in allowed:
+    return
+  shown = sorted(str(a) for a in allowed if ':' not in str(a))  # versions only where asked for
+  pool = [str(a) for a in allowed] if ':' in str(value) else shown
+  near = difflib.get_close_matches(str(value), pool, n=3)
+  raise ValueError(''.join([
+    f'no {what} is {value!r}: there is {", ".join(shown) or "none"}',
+    f'; did you mean {" or ".join(near)}?' if near else '', f'; {remedy}' if remedy else '']))
+
+
+def _one_line(text):
+  return ' '.join(str(text).split())

@@ -1,0 +1,189 @@
+"""The door: trains, samples or replays what a config describes.
+
+  python -m diffax.main --config configs/digits.py --workdir runs/digits
+  python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
+  python -m diffax.main --workdir runs/digits --mode sample --config.sample.count=100
+  python -m diffax.main --workdir runs/digits --mode replay --step 17
+
+Any value of the config, and any parameter of a function it names, is set by --config.PATH=VALUE.
+Where a workdir has a config already, --config may be left out.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+
+from absl import flags
+from absl import logging
+from etils import epath
+
+from diffax import config as configs
+from diffax.build import ConfigError, near
+
+MODES = ('train', 'sample', 'replay')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def define_flags():
+  """The flags, in a set of their own: importing diffax defines none."""
+  values = flags.FlagValues()
+  flags.DEFINE_string('config', '', 'FILE[:variant] of a config', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'folder or bucket of the run', flag_values=values)
+  flags.DEFINE_string('mode', 'train', ', '.join(MODES), flag_values=values)
+  flags.DEFINE_string('from', '', 'workdir whose weights a new run begins with', flag_values=values)
+  flags.DEFINE_integer(
+    'step',
+    0,
+    'sample: of which checkpoint (0: the newest); replay: which step',
+    lower_bound=0,
+    flag_values=values,
+  )
+  flags.DEFINE_boolean('help', False, 'this text', flag_values=values)
+  return values
+
+
+def parse(argv):
+  """(flags, overrides) of a command line. Raises ConfigError."""
+  joined = []  # '--config.steps 5' and '-config.steps=5' are written as '--config.steps=5'
+  for argument in argv[1:]:
+    if joined and joined[-1].startswith('--config.') and '=' not in joined[-1]:
+      joined[-1] += '=' + argument
+    else:
+      joined.append('-' + argument if argument.startswith('-config') else argument)
+  values = define_flags()
+  try:
+    rest = values([argv[0], *[a for a in joined if not a.startswith('--config.')]])[1:]
+  except flags.Error as error:
+    raise ConfigError(
+      f'{" ".join(str(error).split())}; flags: {", ".join(sorted(values))}'
+    ) from error
+  if rest:
+    raise ConfigError(
+      f'what is {rest[0]!r}? write --flag=value; flags: {", ".join(sorted(values))}'
+    )
+  if values.mode not in MODES:
+    raise ConfigError(f'--mode={values.mode!r}: {near(values.mode, MODES)}')
+  if not values.workdir and not values.help:
+    raise ConfigError(
+      '--workdir is missing: say where the run shall live, as --workdir runs/digits'
+    )
+  return values, [a for a in joined if a.startswith('--config.')]
+
+
+def resolve(values, overrides, workdir):
+  """The complete config: the file's, or without one the workdir's, with the overrides."""
+  there = workdir / 'config.json'
+  old = configs.read(there) if there.exists() else None
+  if values.config:
+    config = configs.override(configs.load(values.config), overrides)
+  elif old:
+    config = configs.override(old, overrides)
+  else:
+    raise ConfigError(
+      f'--config is missing, and {workdir} has no config.json: say --config configs/digits.py'
+    )
+  changed = configs.differences(old, config) if old else []
+  if changed:
+    raise ConfigError(
+      f'{workdir} holds a run of another config ({"; ".join(changed[:5])}): choose another '
+      '--workdir, or undo the change; --from starts a new run from its weights'
+    )
+  return config
+
+
+def _writable(workdir):
+  """Raises ConfigError where the workdir cannot be made or written."""
+  try:
+    for folder in (workdir, workdir / 'images'):
+      folder.mkdir(parents=True, exist_ok=True)
+    (workdir / '.probe').write_text('')
+    (workdir / '.probe').unlink()
+  except OSError as error:
+    raise ConfigError(
+      f'--workdir={workdir} cannot be written ({error.strerror or error}); choose another'
+    ) from error
+
+
+def environment():
+  """What this process runs on, for the record."""
+  from importlib import metadata
+
+  import jax
+  import diffax
+
+  return {
+    'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    'command': sys.argv,
+    'diffax': diffax.__version__,
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'versions': {name: metadata.version(name) for name in PACKAGES},
+    'devices': [str(d) for d in jax.devices()],
+    'device_kind': jax.devices()[0].device_kind,
+    'hosts': jax.process_count(),
+    'flags': {
+      k: os.environ[k]
+      for k in ('XLA_FLAGS', 'JAX_PLATFORMS', 'LIBTPU_INIT_ARGS')
+      if k in os.environ
+    },
+  }
+
+
+def _train(config, workdir, warm):
+  from diffax import train
+
+  source = epath.Path(warm) if warm else None
+  if source and not (source / 'checkpoints').exists():
+    raise ConfigError(f'--from={warm}: no checkpoints there')
+  run = train.setup(config)
+  _writable(workdir)
+  configs.save(config, workdir / 'config.json')
+  record = workdir / 'environment.json'  # a list: one entry each time the run was started
+  starts = json.loads(record.read_text()) if record.exists() else []
+  record.write_text(json.dumps([*starts, environment()], indent=2) + '\n')
+  train.train(run, workdir, source)
+
+
+def _run(argv):
+  values, overrides = parse(argv)
+  if values.help:
+    print(__doc__, values.get_help(), sep='\n')
+    return
+  workdir = epath.Path(values.workdir)
+  if values.mode != 'train' and not workdir.exists():
+    raise ConfigError(
+      f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
+    )
+  config = resolve(values, overrides, workdir)
+  if values.mode == 'train':
+    _train(config, workdir, getattr(values, 'from'))
+  elif values.mode == 'sample':
+    from diffax import sample, train
+
+    for path in sample.sample(train.setup(config), workdir, values.step):
+      print(path)
+  else:
+    from diffax import replay, train
+
+    replay.replay(train.setup(config), workdir, values.step)
+
+
+def main(argv=None):
+  """Runs a command line; a user's mistake ends it with one line and exit status 2."""
+  logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at INFO
+  try:
+    _run(argv or sys.argv)
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except Exception as error:
+    if type(error).__name__ != 'BadStep':
+      raise
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  main()

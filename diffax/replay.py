@@ -1,0 +1,50 @@
+"""Doing one training step again, to look at it: its examples, their noise levels and losses."""
+
+from diffax import checkpoint
+from diffax import train
+from diffax.build import ConfigError
+
+
+def state_before(run, workdir, step, show=print):
+  """The state that training step `step` (from 1) began with.
+
+  From the last checkpoint before it, and from there by training again, which is exact. Writes
+  nothing.
+  """
+  if not 1 <= step:
+    raise ConfigError(f'--step={step}: steps count from 1')
+  folder = workdir / 'checkpoints'
+  before = [s for s in checkpoint.present(folder) if s < step]
+  start, state = before[-1] if before else 0, None
+  state = checkpoint.read(folder, start, run.like) if before else train.init(run)
+  if start < step - 1:
+    show(f'training again from step {start} to {step - 1}')
+    step_fn = train.compile_step(run)
+    batches = train.batches(run, start)
+    for _ in range(start, step - 1):
+      state, _ = step_fn(state, next(batches))
+    batches.close()
+  if int(state.step) != step - 1:
+    raise ConfigError(
+      f'--step={step}: the run went bad in step {int(state.step) + 1} and came no further'
+    )
+  return state
+
+
+def replay(run, workdir, step, show=print):
+  """Shows step `step`: an example a line, by falling loss. Returns (batch, losses [b], info)."""
+  state = state_before(run, workdir, step, show)
+  batch, losses, info = train.each_loss(run, state)
+  show(f'step {step}: mean loss {losses.mean():.6g} over {len(losses)} examples')
+  show(
+    f'{"example":>7}  {"loss":>10}  {"noise":>9}  '
+    + '  '.join(f'{k:>8}' for k in info if k != 'noise')
+    + '  record'
+  )
+  for i in sorted(
+    range(len(losses)), key=lambda i: -losses[i] if losses[i] == losses[i] else -float('inf')
+  ):
+    rest = '  '.join(f'{v[i]:>8.4f}' for k, v in info.items() if k != 'noise')
+    record = run.source.name_of(int(batch['index'][i]))
+    show(f'{i:>7}  {losses[i]:>10.4g}  {info["noise"][i]:>9.4g}  {rest}  {record}')
+  return batch, losses, info

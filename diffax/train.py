@@ -1,0 +1,379 @@
+"""Training: one loop for every task, to be read from top to bottom.
+
+The state is arrays alone. A step is a pure function of the state and its batch: all randomness is
+keyed by (seed, step, global example index), so that a run is the same when it is interrupted, and
+the same up to rounding at any accumulation and on any mesh.
+"""
+
+import collections
+import signal
+from typing import Any, NamedTuple
+
+import einops
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffax import checkpoint
+from diffax import ema
+from diffax import log as logs
+from diffax import optim
+from diffax import sharding
+from diffax.build import build, ConfigError
+from diffax.data import pipeline
+
+IN_FLIGHT = 4  # steps the host may run ahead of the devices
+
+
+@flax.struct.dataclass
+class State:
+  """All that a run is, between two steps.
+
+  step: updates made. params: a dict of groups. ema: {decay: params}. opt: the optimizer's.
+  sums: metrics summed since the last step that was logged. bad: a loss or gradient was not finite;
+  the state has stood still since.
+  """
+
+  step: jax.Array
+  params: Any
+  ema: Any
+  opt: Any
+  sums: Any
+  bad: jax.Array
+
+
+class Run(NamedTuple):
+  """What a config comes to: see `setup`."""
+
+  config: dict
+  source: Any
+  task: Any
+  tx: Any
+  rate: Any
+  mesh: Any
+  like: State  # shapes and shardings of the state
+
+
+def setup(config):
+  """Builds and checks everything a config names; allocates nothing. Raises ConfigError."""
+  source = build(
+    'diffax.data.sources', config['data'], path='data', skip=('size', 'flip', 'workers', 'on_error')
+  )
+  task = build('diffax.tasks', config['task'], config, source, path='task')
+  tx, rate = optim.optimizer(config)
+  for key in ('steps', 'batch_size', 'accumulate', 'log_every', 'save_every'):
+    if config[key] < 1:
+      raise ConfigError(f'config.{key}={config[key]} is less than 1')
+  mesh = sharding.make_mesh(config['mesh'])
+  parts = config['accumulate'] * mesh.size
+  if config['batch_size'] % parts:
+    near = max(config['batch_size'] // parts, 1) * parts
+    raise ConfigError(
+      f'config.batch_size={config["batch_size"]} does not divide by accumulate='
+      f'{config["accumulate"]} times {mesh.size} devices; {near} would'
+    )
+  shapes = jax.eval_shape(lambda: _init(config, task, tx))
+  place = sharding.parameters(shapes.params, mesh, config['sharding'])
+  whole = sharding.replicated(mesh)
+  places = State(
+    step=whole,
+    params=place,
+    bad=whole,
+    sums=jax.tree.map(lambda _: whole, shapes.sums),
+    ema=sharding.like(shapes.ema, shapes.params, place, mesh),
+    opt=sharding.like(shapes.opt, shapes.params, place, mesh),
+  )
+  return Run(config, source, task, tx, rate, mesh, checkpoint.abstract(shapes, places))
+
+
+def _init(config, task, tx):
+  params = task.init(jax.random.key(config['seed']))
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema=ema.init(params, config['ema']),
+    opt=tx.init(params),
+    sums={'loss': jnp.zeros(()), 'grad_norm': jnp.zeros(())},
+    bad=jnp.zeros((), bool),
+  )
+
+
+def init(run):
+  """The state before the first step, made in place on the mesh."""
+  place = jax.tree.map(lambda x: x.sharding, run.like)
+  with sharding.using(run.mesh):
+    return jax.jit(lambda: _init(run.config, run.task, run.tx), out_shardings=place)()
+
+
+def example_keys(seed, step, count):
+  """A key for each example of a step's global batch: [count]."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
+def make_step(loss, tx, rate, config):
+  """The update `(state, batch) -> (state, metrics)`, a pure function to be jitted.
+
+  metrics: means since the last logged step, the learning rate, and `bad`. Where loss or gradient
+  is not finite, the state stays as it was but for the flag `bad`.
+  """
+  count, micro = config['batch_size'], config['accumulate']
+
+  def gradient(params, state, batch, keys):
+    def total(params):
+      losses, _ = loss(params, state, batch, keys)
+      return losses.sum() / count
+
+    return jax.value_and_grad(total)(params)
+
+  def accumulate(state, batch, keys):
+    """The same in `micro` passes; strided, so that each device's rows stay where they are."""
+    parts = jax.tree.map(
+      lambda x: einops.rearrange(x, '(b k) ... -> k b ...', k=micro), (batch, keys)
+    )
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, gradient(state.params, state, *part)), None
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+    return jax.lax.scan(add, zero, parts)[0]
+
+  def update(state, grads):
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(
+      step=state.step + 1, params=params, opt=opt, ema=ema.update(state.ema, params, state.step)
+    )
+
+  def step(state, batch):
+    keys = example_keys(config['seed'], state.step, count)
+    batch = {k: v for k, v in batch.items() if k != 'index'}
+    value, grads = (accumulate if micro > 1 else lambda s, b, k: gradient(s.params, s, b, k))(
+      state, batch, keys
+    )
+    norm = optax.global_norm(grads)
+    bad = state.bad | ~(jnp.isfinite(value) & jnp.isfinite(norm))
+    done = state.step % config['log_every']  # steps already in the sums
+    sums = jax.tree.map(
+      lambda s, x: jnp.where(done == 0, 0.0, s) + x, state.sums, {'loss': value, 'grad_norm': norm}
+    )
+    new = update(state, grads).replace(sums=sums)
+    new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state).replace(bad=bad)
+    metrics = jax.tree.map(lambda s: s / (done + 1), sums)
+    return new, metrics | {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
+
+  return step
+
+
+def compile_step(run):
+  """The donated step, compiled ahead of time for arrays laid out as `run.like`."""
+  shapes = jax.eval_shape(lambda: _batch_like(run))
+  batch = checkpoint.abstract(shapes, jax.tree.map(lambda _: sharding.batch(run.mesh), shapes))
+  place = jax.tree.map(lambda x: x.sharding, run.like)
+  step = make_step(run.task.loss, run.tx, run.rate, run.config)
+  with sharding.using(run.mesh):
+    jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
+    return jitted.lower(run.like, batch).compile()
+
+
+def _batch_like(run):
+  data, b = run.config['data'], run.config['batch_size']
+  h, w, c = (data['size'],) * 2 + (run.source.shape[-1],) if data['size'] else run.source.shape
+  return {
+    'image': jnp.zeros((b, h, w, c)),
+    'label': jnp.zeros(b, jnp.int32),
+    'index': jnp.zeros(b, jnp.int32),
+  }
+
+
+def _data_options(config):
+  data = config['data']
+  return dict(
+    batch_size=config['batch_size'],
+    seed=config['seed'],
+    size=data['size'] or None,
+    flip=data['flip'],
+    on_error=data['on_error'],
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+  )
+
+
+def batches(run, start):
+  """Global batches of the steps after `start`, on their way to the devices before they are asked
+  for."""
+  host = pipeline.batches(
+    run.source, start_step=start, workers=run.config['data']['workers'], **_data_options(run.config)
+  )
+  return pipeline.prefetch(host, sharding.batch(run.mesh))
+
+
+# --- trouble --------------------------------------------------------------------------------------
+
+
+class BadStep(Exception):
+  """A loss or a gradient was not finite."""
+
+
+def each_loss(run, state):
+  """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]})."""
+  step = int(state.step)
+  batch = pipeline.batch_at(run.source, step, **_data_options(run.config))
+  batch = pipeline.global_batch(batch, sharding.batch(run.mesh))
+
+  def losses(state, batch):
+    keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
+    return run.task.loss(state.params, state, batch, keys)
+
+  with sharding.using(run.mesh):
+    return jax.device_get((batch, *jax.jit(losses)(state, batch)))
+
+
+def _explain(run, state, workdir):
+  """What to tell of a bad step. The state has stood still since, so it can be done again here."""
+  step = int(state.step) + 1
+  batch, losses, info = each_loss(run, state)
+  bad = [i for i in range(len(losses)) if not abs(losses[i]) < float('inf')]
+  what = (
+    f'{len(bad)} of {len(losses)} losses are not finite'
+    if bad
+    else 'all losses are finite, the gradient is not'
+  )
+  show = bad[:8] or sorted(range(len(losses)), key=lambda i: -losses[i])[:4]
+  rows = [
+    f'  example {i}: {run.source.name_of(int(batch["index"][i]))}, noise {info["noise"][i]:.4g} '
+    f'(t={info["t"][i]:.4g}), loss {losses[i]:.4g}'
+    for i in show
+  ]
+  return '\n'.join(
+    [
+      f'step {step}: {what}. The parameters are those before it; no checkpoint was written of it.',
+      *rows,
+      f'look again: python -m diffax.main --workdir {workdir} --mode replay --step {step}',
+    ]
+  )
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def _begin(run, checkpoints, warm):
+  """(step, state, what to say of it): the newest checkpoint here, else another run's weights, else
+  new."""
+  step, state = checkpoint.restore(checkpoints, run.like)
+  if state is not None:
+    return step, state, f'going on from the checkpoint of step {step}'
+  state = init(run)
+  if warm:
+    weights = checkpoint.weights(warm / 'checkpoints', run.like)
+    copies = {name: jax.tree.map(jnp.copy, weights['params']) for name in state.ema}
+    state = state.replace(params=weights['params'], ema=weights.get('ema', copies))
+    return 0, state, f'beginning with the weights of {warm}'
+  return 0, state, 'beginning anew'
+
+
+def train(run, workdir, warm=None):
+  """Trains until `config.steps`, from where the workdir left off. Returns the last state.
+
+  warm: a workdir whose weights a new run begins with. SIGTERM and SIGINT save and stop. Raises
+    BadStep.
+  """
+  config = run.config
+  evals = {
+    name: (
+      spec['every'],
+      build('diffax.evals', spec, run, f'evals.{name}', path=f'evals.{name}', skip=('every',)),
+    )
+    for name, spec in config['evals'].items()
+  }
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', **config['keep'])
+  start, state, origin = _begin(run, checkpoints, warm)
+  log = logs.Log(workdir, start, config['steps'], config['batch_size'])
+  log.progress.say(
+    f'{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, '
+    f'{run.mesh.size} devices, {origin}; compiling'
+  )
+  step_fn = compile_step(run)
+  stop = _Stop()
+  data = batches(run, start)
+  pending, in_flight, saved = collections.deque(), collections.deque(), start
+
+  def look(keep):
+    """Writes the metrics that are ready, all but the newest `keep`: so the devices never wait for
+    it."""
+    while len(pending) > keep:
+      step, metrics = pending.popleft()
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      if values.pop('bad'):
+        raise BadStep(_explain(run, state, workdir))
+      rate = log.progress.show(step, values['loss'])
+      log.write(
+        step, values | {'steps_per_second': rate, 'images_per_second': rate * config['batch_size']}
+      )
+
+  def save(step):
+    look(0)
+    if bool(state.bad):
+      raise BadStep(_explain(run, state, workdir))
+    log.flush()  # so that no checkpoint is newer than what is written of it
+    checkpoints.save(step, state)
+
+  try:
+    log.progress.restart(start)
+    for step in range(start + 1, config['steps'] + 1):
+      state, metrics = step_fn(state, next(data))
+      in_flight.append(metrics['loss'])
+      if len(in_flight) > IN_FLIGHT:
+        in_flight.popleft().block_until_ready()
+      if step % config['log_every'] == 0:
+        pending.append((step, metrics))
+        look(1)
+      last = step == config['steps'] or stop.signal
+      if step % config['save_every'] == 0 or last:
+        save(step)
+        saved = step
+      due = [
+        evaluate
+        for every, evaluate in evals.values()
+        if every and (step % every == 0 or step == config['steps'])
+      ]
+      if due and not stop.signal:
+        look(0)
+        for evaluate in due:
+          for name, value in evaluate(state):
+            log.image(step, name, value)
+        log.progress.restart(step)
+      if stop.signal:
+        log.progress.say(
+          f'{stop.signal}: stopped at step {step}; the same command goes on from there'
+        )
+        break
+    checkpoints.wait()
+    if saved == config['steps']:
+      log.curve()
+  finally:
+    stop.restore()
+    data.close()
+    checkpoints.close()
+    log.close()
+  return state
+
+
+class _Stop:
+  """Notes a SIGTERM or SIGINT for the loop to see; a second one ends the process as ever."""
+
+  def __init__(self):
+    self.signal = ''
+    self._before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._note)
+
+  def _note(self, number, frame):
+    del frame
+    self.signal = signal.Signals(number).name
+    self.restore()
+
+  def restore(self):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
