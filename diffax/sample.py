@@ -50,11 +50,9 @@ def drawer(run, settings, path):
 
   settings: a `sample` section or evaluation of the config, `path` its place. Raises ConfigError.
   """
-  size = settings['batch_size']
-  if size < 1 or size % run.mesh.size:
-    raise ConfigError(
-      f'config.{path}.batch_size={size} does not divide over {run.mesh.size} devices'
-    )
+  if settings['batch_size'] < 1:
+    raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
+  whole = lambda n: -(-n // run.mesh.size) * run.mesh.size  # as many for each device
   labels(settings['labels'], np.arange(1), run.task.classes)
   choose(run.like, settings['ema'])
   draw = run.task.sample(settings, path)
@@ -68,6 +66,7 @@ def drawer(run, settings, path):
   def samples(state, count):
     """In batches of one size, so of one program; what is drawn beyond `count` is left out."""
     params, parts = choose(state, settings['ema']), []
+    size = whole(min(settings['batch_size'], count))
     index = np.arange(-(-count // size) * size)
     label = labels(settings['labels'], index, run.task.classes)
     with sharding.using(run.mesh):
@@ -82,10 +81,9 @@ def drawer(run, settings, path):
 
 
 def sample(run, workdir, step):
-  """Writes samples.npz (`arr_0` uint8 NHWC, `arr_1` labels) and a grid, from the checkpoint at
-  `step`.
+  """Writes samples.npz (`arr_0` uint8 NHWC, `arr_1` labels) and a grid of the first hundred.
 
-  step: 0 for the newest. Returns the paths written. Raises ConfigError.
+  step: of which checkpoint; 0 for the newest. Returns the paths written. Raises ConfigError.
   """
   settings = run.config['sample']
   if settings['count'] < 1:

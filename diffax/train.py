@@ -152,7 +152,7 @@ def make_step(loss, tx, rate, config):
     value, grads = (accumulate if micro > 1 else lambda s, b, k: gradient(s.params, s, b, k))(
       state, batch, keys
     )
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     bad = state.bad | ~(jnp.isfinite(value) & jnp.isfinite(norm))
     done = state.step % config['log_every']  # steps already in the sums
     sums = jax.tree.map(
