@@ -23,11 +23,21 @@ def near(name, allowed):
   return f'{hint}allowed: {", ".join(allowed) or "nothing"}'
 
 
-def functions(owner):
-  """{name: function} of the public functions of a module, or of all modules of a package."""
+def functions(owner, given=(), returns=''):
+  """{name: function} of the public functions of a module, or of all modules of a package.
+
+  given: parameters they must have. returns: what they must say they return, as 'Sampler', so that
+  a module's other functions are not taken for what a config may name.
+  """
+  def suits(f):
+    said = inspect.get_annotations(f).get('return')
+    return set(given) <= set(inspect.signature(f).parameters) and (
+      not returns or getattr(said, '__name__', '') == returns)
+
   module = importlib.import_module(owner)
   if owner.split('.')[0] == 'optax':  # optax gathers its functions from private modules
-    return {k: f for k, f in vars(module).items() if inspect.isfunction(f) and k[0] != '_'}
+    found = {k: f for k, f in vars(module).items() if inspect.isfunction(f)}
+    return {k: f for k, f in found.items() if k[0] != '_' and suits(f)}
   modules = [module]
   if hasattr(module, '__path__'):
     modules = [
@@ -37,14 +47,15 @@ def functions(owner):
     k: f
     for m in modules
     for k, f in vars(m).items()
-    if inspect.isfunction(f) and f.__module__ == m.__name__ and k[0] != '_'
+    if inspect.isfunction(f) and f.__module__ == m.__name__ and k[0] != '_' and suits(f)
   }
 
 
-def find(owner, name, path):
+def find(owner, name, path, given=(), returns=''):
   """The function `name` of `owner`, or of the user's module where `name` is dotted.
 
-  path: where in the config the name stands, for messages. Raises ConfigError.
+  path: where in the config the name stands, for messages. given, returns: see `functions`; they
+  are not asked of the user's own. Raises ConfigError.
   """
   if '.' in name:
     owner, name = name.rsplit('.', 1)
@@ -54,7 +65,8 @@ def find(owner, name, path):
       raise ConfigError(
         f'{path}.name={owner}.{name}: cannot import {owner} ({error}); is it on PYTHONPATH?'
       ) from error
-  choices = functions(owner)
+    given, returns = (), ''
+  choices = functions(owner, given, returns)
   if name not in choices:
     raise ConfigError(f'{path}.name={name!r} is no function of {owner}; {near(name, choices)}')
   return choices[name]

@@ -14,6 +14,12 @@ import orbax.checkpoint as ocp
 from diffax.build import ConfigError
 
 
+def _absolute(folder):
+  """Orbax asks for absolute paths; a bucket's is one already, and `resolve` would spoil it."""
+  path = epath.Path(folder)
+  return path if '://' in str(folder) else path.resolve()
+
+
 class Checkpoints:
   """The checkpoints of a run, by step, in `folder`.
 
@@ -21,7 +27,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder, last=3, every=0):
-    self.folder = epath.Path(folder)
+    self.folder = _absolute(folder)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=last,
       keep_period=every or None,
@@ -52,6 +58,7 @@ class Checkpoints:
     while aside.exists():
       aside, n = self.folder / f'unreadable-{step}.{n}', n + 1
     (self.folder / str(step)).rename(aside)
+    self._manager.reload()  # which would else refuse to save that step
     return aside
 
 
@@ -63,7 +70,7 @@ def read(folder, step, like):
   arguments = ocp.checkpoint_utils.construct_restore_args(like)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     return reader.restore(
-      epath.Path(folder) / str(step) / 'default',
+      _absolute(folder) / str(step) / 'default',
       args=ocp.args.PyTreeRestore(
         item=like, restore_args=arguments, partial_restore=isinstance(like, dict)
       ),
@@ -120,8 +127,9 @@ def load(folder, step, like):
   raise ConfigError(f'no checkpoint in {folder} can be read')
 
 
-def weights(folder, like):
-  """The parameters of another run's newest checkpoint, and its averages if it kept the same.
+def weights_like(folder, like):
+  """(step, what to read) of another run's newest checkpoint: its parameters, and its averages if
+  it kept the same. Reads no array.
 
   like: the state they are for. Raises ConfigError that names what is missing, surplus or misshapen.
   """
@@ -129,7 +137,7 @@ def weights(folder, like):
   if not there:
     raise ConfigError(f'--from: no checkpoint in {folder}')
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.metadata(folder / str(there[-1]) / 'default').item_metadata.tree
+    tree = reader.metadata(_absolute(folder) / str(there[-1]) / 'default').item_metadata.tree
   flat = lambda tree: {
     jax.tree_util.keystr(p, simple=True, separator='/'): tuple(x.shape)
     for p, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -145,7 +153,12 @@ def weights(folder, like):
       f'--from={folder}: {len(wrong)} parameters do not fit: {"; ".join(wrong[:5])}'
     )
   same = sorted(tree['ema']) == sorted(like.ema)
-  return read(folder, there[-1], {'params': like.params} | ({'ema': like.ema} if same else {}))
+  return there[-1], {'params': like.params} | ({'ema': like.ema} if same else {})
+
+
+def weights(folder, like):
+  """What `weights_like` names, read."""
+  return read(folder, *weights_like(folder, like))
 
 
 def abstract(tree, shardings):

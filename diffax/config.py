@@ -27,11 +27,13 @@ class Slot(NamedTuple):
   """A place where a config names a function.
 
   path: a pattern for the place. owner: the module or package it is looked up in. given: the
-  parameters the code provides. extra: what else may stand there, with defaults.
+  parameters the code provides. extra: what else may stand there, with defaults. returns: the type
+  that functions meant for the place say they return.
   """
 
   path: str
   owner: str
+  returns: str = ''
   given: tuple = ()
   extra: dict = {}
 
@@ -40,18 +42,21 @@ SAMPLER = dict(steps=50, grid=dict(name='uniform'))
 SAMPLING = dict(sampler=dict(name='dpmpp_2m'), guidance=1.0, interval=(), ema='', seed=0)
 
 SLOTS = (
-  Slot(r'data', 'diffax.data.sources', extra=dict(size=0, flip=False, workers=0, on_error='raise')),
-  Slot(r'task', 'diffax.tasks', ('config', 'source')),
-  Slot(r'schedule', 'diffax.schedules'),
-  Slot(r'prediction', 'diffax.predictions', ('schedule',)),
-  Slot(r'loss\.time', 'diffax.times', ('schedule',)),
-  Slot(r'loss\.weight', 'diffax.losses'),
-  Slot(r'model', 'diffax.models'),
-  Slot(r'optimizer', 'optax', ('learning_rate',), dict(clip=0.0)),
+  Slot(
+    r'data', 'diffax.data.sources', 'Source',
+    extra=dict(size=0, flip=False, workers=0, on_error='raise'),
+  ),
+  Slot(r'task', 'diffax.tasks', 'Task', ('config', 'source')),
+  Slot(r'schedule', 'diffax.schedules', 'Schedule'),
+  Slot(r'prediction', 'diffax.predictions', 'Prediction', ('schedule',)),
+  Slot(r'loss\.time', 'diffax.times', given=('schedule',)),
+  Slot(r'loss\.weight', 'diffax.losses', 'Callable'),
+  Slot(r'model', 'diffax.models', 'Module'),
+  Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0)),
   Slot(r'learning_rate', 'optax.schedules'),
-  Slot(r'evals\.\w+', 'diffax.evals', ('run', 'path'), dict(every=0)),
-  Slot(r'(sample|evals\.\w+)\.sampler', 'diffax.samplers', extra=SAMPLER),
-  Slot(r'(sample|evals\.\w+)\.sampler\.grid', 'diffax.grids', ('schedule', 'steps')),
+  Slot(r'evals\.\w+', 'diffax.evals', given=('run', 'path'), extra=dict(every=0)),
+  Slot(r'(sample|evals\.\w+)\.sampler', 'diffax.samplers', 'Sampler', extra=SAMPLER),
+  Slot(r'(sample|evals\.\w+)\.sampler\.grid', 'diffax.grids', given=('schedule', 'steps')),
 )
 
 DEFAULTS = dict(
@@ -152,7 +157,7 @@ def _complete(values, defaults, path):
       raise ConfigError(f'{path}={values!r}: give dict(name=..., ...) or a name')
     name = values.get('name', defaults.get('name') if isinstance(defaults, dict) else None)
     if not isinstance(name, str):
-      raise ConfigError(f'{path}: says no name; {build.near("", build.functions(slot.owner))}')
+      raise ConfigError(f'{path}: says no name; {build.near("", _choices(slot))}')
     defaults = {
       **_signature(slot, name, path),
       **slot.extra,
@@ -184,6 +189,16 @@ def _complete(values, defaults, path):
   return done
 
 
+def _choices(slot):
+  return build.functions(slot.owner, slot.given, slot.returns)
+
+
+def _parameters(slot, name, path):
+  """{name: Parameter} of what a config may say to the function `name`."""
+  function = build.find(slot.owner, name, path, slot.given, slot.returns)
+  return build.parameters(function, slot.given)
+
+
 def _signature(slot, name, path):
   """{parameter: default} of the function named; a type where there is no default."""
 
@@ -192,7 +207,7 @@ def _signature(slot, name, path):
       return p.default
     return p.annotation if p.annotation in (int, float, str, bool, tuple, dict) else p.empty
 
-  known = build.parameters(build.find(slot.owner, name, path), slot.given)
+  known = _parameters(slot, name, path)
   return {k: default(p) for k, p in known.items() if default(p) is None or _is_data(default(p))}
 
 
@@ -267,7 +282,7 @@ def _rename(config, path, name):
     return
   slot = _slot('.'.join(path))
   known = (
-    {**build.parameters(build.find(slot.owner, name, '.'.join(path)), slot.given), **slot.extra}
+    {**_parameters(slot, name, '.'.join(path)), **slot.extra}
     if slot
     else old
   )
@@ -282,7 +297,7 @@ def _known(full, path):
     allowed = set(at) if isinstance(at, dict) else set()
     if slot and isinstance(at, dict):
       allowed |= set(
-        build.parameters(build.find(slot.owner, at['name'], '.'.join(sofar)), slot.given)
+        _parameters(slot, at['name'], '.'.join(sofar))
       )
     if key not in allowed:
       raise ConfigError(
@@ -292,10 +307,16 @@ def _known(full, path):
 
 
 def save(config, path):
-  """Writes the config as JSON."""
-  path.write_text(
-    json.dumps(config, indent=2).replace('Infinity', '1e999') + '\n'
-  )  # JSON knows no Infinity
+  """Writes the config as JSON, which knows no Infinity."""
+  text = json.dumps(config, indent=2) + '\n'
+  write(path, re.sub(r'(?m)^(\s*|.*": )(-?)Infinity(,?)$', r'\g<1>\g<2>1e999\3', text))
+
+
+def write(path, text):
+  """Writes a text file whole or not at all, so that a kill leaves no half of one."""
+  scratch = path.parent / (path.name + '.new')
+  scratch.write_text(text)
+  scratch.replace(path)
 
 
 def read(path):

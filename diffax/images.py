@@ -6,7 +6,7 @@ import einops
 import numpy as np
 
 
-def grid(images, columns=10, gap=1, smallest=32):
+def grid(images, columns=10, gap=1, smallest=64):
   """One picture of many: uint8 [n h w c] -> [H W 3 or 1], row by row; tiny images are enlarged.
 
   smallest: a side shorter than this is enlarged by a whole factor, each pixel a square.
@@ -39,7 +39,7 @@ def curve(path, steps, values, title):
   figure = Figure(figsize=(7, 4), layout='constrained')
   axes = figure.subplots()
   axes.plot(steps, values, color='tab:blue', alpha=0.3, linewidth=1)
-  width = max(1, len(values) // 20)
+  width = max(1, len(values) // 50)
   weights = np.ones(width)
   smooth = np.convolve(values, weights, 'same') / np.convolve(np.ones(len(values)), weights, 'same')
   axes.plot(steps, smooth, color='tab:blue')

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar or plain lines."""
 
+import collections
 import json
 import os
 import sys
@@ -69,15 +70,36 @@ class Log:
     from tensorboardX import SummaryWriter
 
     self.workdir = epath.Path(workdir)
+    (self.workdir / 'images').mkdir(parents=True, exist_ok=True)
     self.metrics = Metrics(self.workdir / 'metrics.jsonl', resumed_at)
     self.events = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=resumed_at + 1)
     self.progress = Progress(resumed_at, steps, batch_size)
+    self._pending = collections.deque()
+
+  def push(self, step, metrics):
+    """Takes device arrays to be written at the next push, so that no device waits for it.
+
+    metrics: {name: scalar}, among them `bad`. Returns whether those written now were bad.
+    """
+    bad = self.settle()
+    self._pending.append((step, metrics, time.perf_counter()))
+    return bad
+
+  def settle(self):
+    """Waits for and writes what was pushed. Returns whether it was bad: not finite, not written."""
+    while self._pending:
+      step, metrics, pushed = self._pending.popleft()
+      values = {name: value.item() for name, value in metrics.items()}
+      if values.pop('bad'):
+        return True
+      rate = self.progress.show(step, values['loss'], pushed)
+      images = rate * self.progress.batch_size
+      self.write(step, values | {'steps_per_second': rate, 'images_per_second': images})
+    return False
 
   def write(self, step, values):
-    """A row of numbers at `step`; non-finite ones as text, for JSON knows none."""
-    self.metrics.write(
-      {'step': step} | {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
-    )
+    """A row of numbers at `step`."""
+    self.metrics.write({'step': step} | values)
     for key, value in values.items():
       self.events.add_scalar(key, value, step)
 
@@ -93,15 +115,9 @@ class Log:
     from diffax import images
 
     self.flush()
-    rows = [
-      row for row in read_metrics(self.metrics.path) if not isinstance(row.get('loss', ''), str)
-    ]
-    images.curve(
-      self.workdir / 'images' / 'loss.png',
-      [r['step'] for r in rows],
-      [r['loss'] for r in rows],
-      self.workdir.name,
-    )
+    rows = read_metrics(self.metrics.path)
+    steps, losses = [row['step'] for row in rows], [row['loss'] for row in rows]
+    images.curve(self.workdir / 'images' / 'loss.png', steps, losses, self.workdir.name)
 
   def flush(self):
     self.metrics.flush()
@@ -116,7 +132,8 @@ class Log:
 class Progress:
   """A bar on a terminal, plain lines elsewhere: loss, steps/s, images/s and time left."""
 
-  def __init__(self, start, steps, batch_size, stream=sys.stderr):
+  def __init__(self, start, steps, batch_size, stream=None):
+    stream = stream or sys.stderr
     self.steps, self.batch_size, self.stream = steps, batch_size, stream
     self.bar, self.mark = None, (start, time.perf_counter())
     if stream.isatty():
@@ -129,9 +146,8 @@ class Progress:
     """Time from here on: what came before (compiling, pictures) is not a step's."""
     self.mark = (step, time.perf_counter())
 
-  def show(self, step, loss):
-    """Reports `step` and its loss; returns the steps a second since the last report."""
-    now = time.perf_counter()
+  def show(self, step, loss, now):
+    """Reports `step`, of time `now`, and its loss; returns the steps a second since the last."""
     rate = (step - self.mark[0]) / max(now - self.mark[1], 1e-9)
     self.mark = (step, now)
     text = f'loss {loss:.4f}  {rate:.1f} steps/s  {rate * self.batch_size:.0f} images/s'

@@ -7,17 +7,23 @@ of the square of the network's own error. Papers state theirs for the error in x
 carries such a one over to any prediction by the ratio of determinants.
 """
 
+from collections.abc import Callable
+
 import einops
 from jax import Array
 import jax.numpy as jnp
 
 from diffax import predictions
+from diffax import schedules
+
+
+Weighting = Callable[[predictions.Prediction, schedules.Level], Array]
 
 
 # --- weightings: (prediction, level) -> weight of the network's own squared error -----------------
 
 
-def uniform():
+def uniform() -> Weighting:
   """Every error counts alike in the network's own space; Ho et al. 2020, eq. 14 for eps."""
   return lambda prediction, level: jnp.ones_like(level.t)
 
@@ -29,7 +35,7 @@ def from_x0(weight):
   return weigh
 
 
-def edm(sigma_data=0.5):
+def edm(sigma_data=0.5) -> Weighting:
   """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on x0: 1 for the F prediction.
 
   Karras et al. 2022, eq. 8.
@@ -40,7 +46,7 @@ def edm(sigma_data=0.5):
   return from_x0(weight)
 
 
-def min_snr(gamma=5.):
+def min_snr(gamma=5.) -> Weighting:
   """min(SNR, gamma) on x0; Hang et al. 2023, "Efficient Diffusion Training via Min-SNR", eq. 9."""
   return from_x0(lambda level: jnp.minimum((level.alpha / level.sigma)**2, gamma))
 

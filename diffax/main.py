@@ -132,17 +132,17 @@ def environment():
 
 
 def _train(config, workdir, warm):
-  from diffax import train
+  from diffax import checkpoint, train
 
   source = epath.Path(warm) if warm else None
-  if source and not (source / 'checkpoints').exists():
-    raise ConfigError(f'--from={warm}: no checkpoints there')
   run = train.setup(config)
+  if source and not checkpoint.present(workdir / 'checkpoints'):
+    checkpoint.weights_like(source / 'checkpoints', run.like)
   _writable(workdir)
   configs.save(config, workdir / 'config.json')
   record = workdir / 'environment.json'  # a list: one entry each time the run was started
   starts = json.loads(record.read_text()) if record.exists() else []
-  record.write_text(json.dumps([*starts, environment()], indent=2) + '\n')
+  configs.write(record, json.dumps([*starts, environment()], indent=2) + '\n')
   train.train(run, workdir, source)
 
 

@@ -41,28 +41,28 @@ def unit_variance(level):
   return 1 / jnp.sqrt(level.alpha**2 + level.sigma**2)
 
 
-def x0(schedule):
+def x0(schedule) -> Prediction:
   """The clean data; Salimans & Ho 2022, sec. 4."""
   def row(level):
     return jnp.ones_like(level.t), jnp.zeros_like(level.t)
   return Prediction(row, unit_variance, schedule.clock)
 
 
-def eps(schedule):
+def eps(schedule) -> Prediction:
   """The noise; Ho et al. 2020, eq. 14. Says nothing of x0 where alpha = 0."""
   def row(level):
     return jnp.zeros_like(level.t), jnp.ones_like(level.t)
   return Prediction(row, unit_variance, schedule.clock)
 
 
-def v(schedule):
+def v(schedule) -> Prediction:
   """alpha eps - sigma x0; Salimans & Ho 2022, appendix D."""
   def row(level):
     return -level.sigma, level.alpha
   return Prediction(row, unit_variance, schedule.clock)
 
 
-def velocity(schedule):
+def velocity(schedule) -> Prediction:
   """dx_t/dt = alpha' x0 + sigma' eps, which for straight lines is eps - x0; Lipman et al. 2022,
   eq. 9.
 
@@ -73,17 +73,20 @@ def velocity(schedule):
   return Prediction(row, lambda level: jnp.ones_like(level.t), schedule.clock)
 
 
-def edm(schedule, sigma_data=0.5):
+def edm(schedule, sigma_data=0.5, time_scale=1.) -> Prediction:
   """The F of Karras et al. 2022, eq. 7 and table 1, for data of standard deviation `sigma_data`.
 
   x0 = c_skip x + c_out F(c_in x, c_noise), of unit variance in and out. For alpha other than 1 it
-  is the same on x / alpha.
+  is the same on x / alpha. time_scale multiplies c_noise = log(sigma) / 4, which lies within about
+  -2 and 1: a network whose sinusoids were made for times up to 1000 wants 1000.
   """
   def scale(level):
     return jnp.sqrt(level.sigma**2 + (sigma_data * level.alpha)**2)
   def row(level):
     return level.sigma / (sigma_data * scale(level)), -sigma_data * level.alpha / scale(level)
-  return Prediction(row, lambda level: 1 / scale(level), schedules.log_clock)
+  def clock(level):
+    return time_scale * schedules.log_clock(level)
+  return Prediction(row, lambda level: 1 / scale(level), clock)
 
 
 def det(prediction, level):

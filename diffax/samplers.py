@@ -114,7 +114,7 @@ def _nothing(x):
   return ()
 
 
-def ddim(eta=0.):
+def ddim(eta=0.) -> Sampler:
   """DDIM: x0 as told, noise as told; eta in [0, 1] mixes fresh noise in. Order 1.
 
   Song et al. 2020, "Denoising Diffusion Implicit Models", eq. 12 and 16. eta=0 is Euler's method on
@@ -144,7 +144,7 @@ class HeunMemory(NamedTuple):
   eps: Array
 
 
-def heun(s_churn=0., s_tmin=0., s_tmax=jnp.inf, s_noise=1.):
+def heun(s_churn=0., s_tmin=0., s_tmax=jnp.inf, s_noise=1.) -> Sampler:
   """Heun's method with an Euler step last; `s_churn` > 0 adds noise first. Order 2.
 
   Karras et al. 2022, algorithms 1 and 2; s_tmin, s_tmax bound sigma/alpha, s_noise scales the
@@ -188,7 +188,7 @@ def heun(s_churn=0., s_tmin=0., s_tmax=jnp.inf, s_noise=1.):
   return Sampler(plan, init, step)
 
 
-def dpmpp_2m(eta=0.):
+def dpmpp_2m(eta=0.) -> Sampler:
   """DPM-Solver++(2M), or with eta=1 its SDE form: extrapolates x0 from the call before. Order 2.
 
   Lu et al. 2022, "DPM-Solver++", algorithm 2 and appendix (SDE, midpoint). First order where a

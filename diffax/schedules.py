@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
     return self.level(jnp.asarray(t, jnp.result_type(float)) if not hasattr(t, 'dtype') else t)
 
 
-def linear(t_min=1e-3):
+def linear(t_min=1e-3) -> Schedule:
   """Straight lines from data to noise: alpha = 1 - t, sigma = t.
 
   Liu et al. 2022, "Flow Straight and Fast", eq. 1; Lipman et al. 2022, "Flow Matching", eq. 20.
@@ -68,7 +68,7 @@ def linear(t_min=1e-3):
   return Schedule(lambda t: Level(t, 1 - t, t), t_min, 1.)
 
 
-def cosine(t_min=1e-3):
+def cosine(t_min=1e-3) -> Schedule:
   """alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
   Nichol & Dhariwal 2021, eq. 17, without its offset, as in Salimans & Ho 2022, sec. 2. Written
@@ -79,7 +79,7 @@ def cosine(t_min=1e-3):
   return Schedule(level, t_min, 1.)
 
 
-def vp(beta_min=0.1, beta_max=20., t_min=1e-3):
+def vp(beta_min=0.1, beta_max=20., t_min=1e-3) -> Schedule:
   """Variance preserving, with beta linear in t: DDPM in continuous time.
 
   Song et al. 2021, "Score-Based Generative Modeling through SDEs", eq. 33; t_min is its
@@ -91,7 +91,7 @@ def vp(beta_min=0.1, beta_max=20., t_min=1e-3):
   return Schedule(level, t_min, 1.)
 
 
-def ve(sigma_min=0.002, sigma_max=80.):
+def ve(sigma_min=0.002, sigma_max=80.) -> Schedule:
   """Variance exploding as EDM writes it: time is the noise's standard deviation, alpha = 1.
 
   Karras et al. 2022, "Elucidating the Design Space", table 1, whose sigma range is the default.

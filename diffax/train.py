@@ -65,6 +65,13 @@ def setup(config):
   for key in ('steps', 'batch_size', 'accumulate', 'log_every', 'save_every'):
     if config[key] < 1:
       raise ConfigError(f'config.{key}={config[key]} is less than 1')
+  if config['data']['workers'] < 0:
+    raise ConfigError(f'config.data.workers={config["data"]["workers"]} is less than 0')
+  try:
+    ema.names(config['ema'])
+    pipeline.steps(source, **_data_options(config))
+  except ValueError as error:
+    raise ConfigError(f'config: {error}') from error
   mesh = sharding.make_mesh(config['mesh'])
   parts = config['accumulate'] * mesh.size
   if config['batch_size'] % parts:
@@ -73,7 +80,10 @@ def setup(config):
       f'config.batch_size={config["batch_size"]} does not divide by accumulate='
       f'{config["accumulate"]} times {mesh.size} devices; {near} would'
     )
-  shapes = jax.eval_shape(lambda: _init(config, task, tx))
+  try:
+    shapes = jax.eval_shape(lambda: _init(config, task, tx))
+  except ValueError as error:  # such as sizes that do not divide, which the network says
+    raise ConfigError(f'config.model: {" ".join(str(error).split())}') from error
   place = sharding.parameters(shapes.params, mesh, config['sharding'])
   whole = sharding.replicated(mesh)
   places = State(
@@ -94,7 +104,7 @@ def _init(config, task, tx):
     params=params,
     ema=ema.init(params, config['ema']),
     opt=tx.init(params),
-    sums={'loss': jnp.zeros(()), 'grad_norm': jnp.zeros(())},
+    sums={'loss': jnp.zeros(()), 'grad_norm': jnp.zeros(()), 'steps': jnp.zeros(())},
     bad=jnp.zeros((), bool),
   )
 
@@ -154,13 +164,12 @@ def make_step(loss, tx, rate, config):
     )
     norm = optax.tree.norm(grads)
     bad = state.bad | ~(jnp.isfinite(value) & jnp.isfinite(norm))
-    done = state.step % config['log_every']  # steps already in the sums
-    sums = jax.tree.map(
-      lambda s, x: jnp.where(done == 0, 0.0, s) + x, state.sums, {'loss': value, 'grad_norm': norm}
-    )
+    logged = state.step % config['log_every'] == 0
+    this = {'loss': value, 'grad_norm': norm, 'steps': 1.0}
+    sums = jax.tree.map(lambda s, x: jnp.where(logged, 0.0, s) + x, state.sums, this)
     new = update(state, grads).replace(sums=sums)
     new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state).replace(bad=bad)
-    metrics = jax.tree.map(lambda s: s / (done + 1), sums)
+    metrics = {k: sums[k] / sums['steps'] for k in ('loss', 'grad_norm')}
     return new, metrics | {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
 
   return step
@@ -259,8 +268,7 @@ def _explain(run, state, workdir):
 
 
 def _begin(run, checkpoints, warm):
-  """(step, state, what to say of it): the newest checkpoint here, else another run's weights, else
-  new."""
+  """(step, state, how): from the newest checkpoint here, else another run's weights, else anew."""
   step, state = checkpoint.restore(checkpoints, run.like)
   if state is not None:
     return step, state, f'going on from the checkpoint of step {step}'
@@ -277,87 +285,73 @@ def train(run, workdir, warm=None):
   """Trains until `config.steps`, from where the workdir left off. Returns the last state.
 
   warm: a workdir whose weights a new run begins with. SIGTERM and SIGINT save and stop. Raises
-    BadStep.
+  BadStep at the first look after a loss or gradient that was not finite.
   """
   config = run.config
-  evals = {
-    name: (
-      spec['every'],
-      build('diffax.evals', spec, run, f'evals.{name}', path=f'evals.{name}', skip=('every',)),
-    )
-    for name, spec in config['evals'].items()
-  }
+  evals = _evals(run)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', **config['keep'])
-  start, state, origin = _begin(run, checkpoints, warm)
+  start, state, how = _begin(run, checkpoints, warm)
   log = logs.Log(workdir, start, config['steps'], config['batch_size'])
-  log.progress.say(
-    f'{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters, '
-    f'{run.mesh.size} devices, {origin}; compiling'
-  )
-  step_fn = compile_step(run)
-  stop = _Stop()
-  data = batches(run, start)
-  pending, in_flight, saved = collections.deque(), collections.deque(), start
-
-  def look(keep):
-    """Writes the metrics that are ready, all but the newest `keep`: so the devices never wait for
-    it."""
-    while len(pending) > keep:
-      step, metrics = pending.popleft()
-      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      if values.pop('bad'):
-        raise BadStep(_explain(run, state, workdir))
-      rate = log.progress.show(step, values['loss'])
-      log.write(
-        step, values | {'steps_per_second': rate, 'images_per_second': rate * config['batch_size']}
-      )
-
-  def save(step):
-    look(0)
-    if bool(state.bad):
-      raise BadStep(_explain(run, state, workdir))
-    log.flush()  # so that no checkpoint is newer than what is written of it
-    checkpoints.save(step, state)
-
+  size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+  log.progress.say(f'{size:.2f} M parameters on {run.mesh.size} devices, {how}')
+  data, stop = batches(run, start), _Stop()
   try:
-    log.progress.restart(start)
-    for step in range(start + 1, config['steps'] + 1):
-      state, metrics = step_fn(state, next(data))
-      in_flight.append(metrics['loss'])
-      if len(in_flight) > IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
-      if step % config['log_every'] == 0:
-        pending.append((step, metrics))
-        look(1)
-      last = step == config['steps'] or stop.signal
-      if step % config['save_every'] == 0 or last:
-        save(step)
-        saved = step
-      due = [
-        evaluate
-        for every, evaluate in evals.values()
-        if every and (step % every == 0 or step == config['steps'])
-      ]
-      if due and not stop.signal:
-        look(0)
-        for evaluate in due:
-          for name, value in evaluate(state):
-            log.image(step, name, value)
-        log.progress.restart(step)
-      if stop.signal:
-        log.progress.say(
-          f'{stop.signal}: stopped at step {step}; the same command goes on from there'
-        )
-        break
+    state = _loop(run, state, start, data, log, checkpoints, evals, stop)
     checkpoints.wait()
-    if saved == config['steps']:
+    if int(state.step) == config['steps']:
       log.curve()
+  except _Bad as bad:
+    raise BadStep(_explain(run, bad.args[0], workdir)) from None
   finally:
     stop.restore()
     data.close()
     checkpoints.close()
     log.close()
   return state
+
+
+def _loop(run, state, start, data, log, checkpoints, evals, stop):
+  """Steps until the end or a signal. Raises _Bad with the state."""
+  config, in_flight = run.config, collections.deque()
+  step_fn = compile_step(run) if start < config['steps'] else None
+  log.progress.restart(start)
+  for step in range(start + 1, config['steps'] + 1):
+    state, metrics = step_fn(state, next(data))
+    in_flight.append(metrics['loss'])
+    if len(in_flight) > IN_FLIGHT:
+      in_flight.popleft().block_until_ready()
+    if step % config['log_every'] == 0 and log.push(step, metrics):
+      raise _Bad(state)
+    stopped = stop.signal  # read once: a later one is seen at the next step, which is then saved
+    last = step == config['steps'] or stopped
+    if last or step % config['save_every'] == 0:
+      if log.settle() or bool(state.bad):
+        raise _Bad(state)
+      log.flush()  # so that no checkpoint is newer than what is written of it
+      checkpoints.save(step, state)
+    due = [f for every, f in evals if every and (step % every == 0 or step == config['steps'])]
+    if due and not stopped:
+      if log.settle():
+        raise _Bad(state)
+      for name, image in (pair for evaluate in due for pair in evaluate(state)):
+        log.image(step, name, image)
+      log.progress.restart(step)
+    if stopped:
+      log.progress.say(f'{stopped}: stopped at step {step}; the same command goes on from it')
+      break
+  return state
+
+
+def _evals(run):
+  """[(every, evaluate)] of the config's evaluations."""
+  return [
+    (spec['every'], build('diffax.evals', spec, run, path, path=path, skip=('every',)))
+    for path, spec in ((f'evals.{name}', spec) for name, spec in run.config['evals'].items())
+  ]
+
+
+class _Bad(Exception):
+  """Carries the state, which has stood still since the bad step."""
 
 
 class _Stop:

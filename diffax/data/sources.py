@@ -49,7 +49,7 @@ class Source:
 # digits: 8x8, inside scikit-learn, so that everything runs before anything is downloaded
 
 
-def digits(split='train'):
+def digits(split='train') -> Source:
   """The UCI handwritten digits of scikit-learn, [8 8 1], 10 classes.
 
   Args:
@@ -79,7 +79,7 @@ def _record_name(what, i):
 # tfds: any prepared image set of TensorFlow Datasets, read without TensorFlow
 
 
-def tfds(dataset, split='train', data_dir=None):
+def tfds(dataset, split='train', data_dir=None) -> Source:
   """An image set of TensorFlow Datasets, prepared in the array_record format; never downloads.
 
   Args:
@@ -155,7 +155,7 @@ def _read_tfds(records, feature, channels, label, i):
 # folder: one image file a record
 
 
-def folder(path, split='train', channels=3):
+def folder(path, split='train', channels=3) -> Source:
   """Image files: path/split/class/*.png, or path/class/*.png where no split folder is there.
 
   The classes are the subfolders in alphabetical order; a folder that holds the images themselves

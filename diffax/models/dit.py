@@ -38,7 +38,7 @@ def dit(
   dropout: float = 0.0,
   remat: bool = False,
   dtype: str = 'float32',
-):
+) -> nn.Module:
   """A DiT of free size.
 
   classes: number of labels in cond['label']; label `classes` itself is the null label; 0 for none.
@@ -53,7 +53,7 @@ def dit(
 
 def dit_preset(
   preset: str, classes: int = 0, dropout: float = 0.0, remat: bool = False, dtype: str = 'float32'
-):
+) -> nn.Module:
   """A DiT by the paper's name, 'S', 'B', 'L' or 'XL' at patch 2, 4 or 8, as 'XL/2'; see `dit`."""
   allowed = [f'{size}/{patch}' for size in PRESETS for patch in PATCHES]
   if preset not in allowed:
@@ -159,7 +159,10 @@ class DiT(nn.Module):
     if keys is not None and self.dropout:
       fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
       per_layer['keys'] = fold(keys, jnp.arange(self.depth))  # [depth b]
-    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    # Matrix products are kept for the backward pass and the rest computed again from them, which
+    # takes a third of the memory, and less time: what is not stored need not be fetched.
+    keep = None if self.remat else jax.checkpoint_policies.dots_saveable
+    block = nn.remat(Block, prevent_cse=False, policy=keep)
     stack = nn.scan(
       block,
       variable_axes={'params': 0},

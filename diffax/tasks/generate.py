@@ -14,7 +14,7 @@ from diffax.build import build, ConfigError
 from diffax.tasks import Task
 
 
-def generate(config, source, drop_cond=0.1):
+def generate(config, source, drop_cond=0.1) -> Task:
   """Trains on `source` by the config's schedule, prediction, loss and model.
 
   drop_cond: how often the condition is replaced by the null label, for classifier-free guidance
