@@ -82,7 +82,8 @@ def parameters(function, given=()):
 def build(owner, spec, *args, path, skip=()):
   """Calls the function that `spec['name']` names with `args` and the rest of `spec`, less `skip`.
 
-  A ValueError of the function becomes a ConfigError that says where in the config it arose.
+  A ValueError or TypeError (an unknown dtype) of the function becomes a ConfigError that says where
+  in the config it arose.
   """
   kwargs = {k: v for k, v in spec.items() if k != 'name' and k not in skip}
   function = find(owner, spec['name'], path)
@@ -94,5 +95,5 @@ def build(owner, spec, *args, path, skip=()):
     return function(*args, **kwargs)
   except ConfigError:
     raise
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ConfigError(f'{path}: {error}') from error

@@ -114,7 +114,7 @@ def load(path):
     spec.loader.exec_module(module)
     get_config = module.get_config
   except Exception as error:
-    raise ConfigError(f'--config={file}: {type(error).__name__}: {error}') from error
+    raise _of_file(file, error) from error
   allowed = next(
     (typing.get_args(p.annotation) for p in inspect.signature(get_config).parameters.values()), ()
   )
@@ -123,8 +123,15 @@ def load(path):
       f'--config={path}: no variant {variant!r}; {build.near(variant, allowed)} (a config lists '
       "its variants as get_config(variant: Literal['full', ...] = 'full'))"
     )
-  config = get_config(variant) if variant else get_config()
+  try:
+    config = get_config(variant) if variant else get_config()
+  except Exception as error:
+    raise _of_file(file, error) from error
   return _plain(config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+
+
+def _of_file(file, error):
+  return ConfigError(f'--config={file}: {type(error).__name__}: {" ".join(str(error).split())}')
 
 
 def _plain(tree):
@@ -137,17 +144,20 @@ def _slot(path):
   return next((s for s in SLOTS if re.fullmatch(s.path, path)), None)
 
 
-def complete(config):
-  """`config` with all defaults, every key, name and type checked. Raises ConfigError."""
+def complete(config, awaited=()):
+  """`config` with all defaults, every key, name and type checked. Raises ConfigError.
+
+  awaited: paths that may be missing still.
+  """
   config = copy.deepcopy(config)
   if isinstance(config.get('ema'), (int, float)):
     config['ema'] = (config['ema'],)
   if isinstance(config.get('learning_rate'), (int, float)):
     config['learning_rate'] = dict(name='constant_schedule', value=float(config['learning_rate']))
-  return _complete(config, DEFAULTS, '')
+  return _complete(config, DEFAULTS, '', awaited)
 
 
-def _complete(values, defaults, path):
+def _complete(values, defaults, path, awaited):
   """Merges a level of the config with its defaults, which a slot's function adds to."""
   slot = _slot(path)
   if slot:
@@ -179,9 +189,11 @@ def _complete(values, defaults, path):
     default = defaults.get(key, {} if path == 'evals' else None)
     value = values.get(key, default)
     if isinstance(value, type) or value is inspect.Parameter.empty:
+      if where in awaited:
+        continue
       raise ConfigError(f'config says no {where!r}, which is needed')
     if isinstance(default, dict) or default is dict or _slot(where):
-      value = _complete(value, default if isinstance(default, dict) else {}, where)
+      value = _complete(value, default if isinstance(default, dict) else {}, where, awaited)
     elif key in values:
       value = _typed(value, default, where)
     if value is not None or key in values:
@@ -208,12 +220,14 @@ def _signature(slot, name, path):
     return p.annotation if p.annotation in (int, float, str, bool, tuple, dict) else p.empty
 
   known = _parameters(slot, name, path)
-  return {k: default(p) for k, p in known.items() if default(p) is None or _is_data(default(p))}
+  return {k: default(p) for k, p in known.items() if _is_data(p.default)}
 
 
 def _is_data(value):
-  """Whether a default is plain data, or a type: 'must be given'. Functions stay unsaid."""
-  return isinstance(value, (bool, int, float, str, tuple, list, dict, type))
+  """Whether a parameter's default is plain data, None or missing. Functions and dtypes stay
+  unsaid."""
+  kinds = (bool, int, float, str, tuple, list, dict)
+  return value is None or value is inspect.Parameter.empty or isinstance(value, kinds)
 
 
 def _typed(value, default, where):
@@ -236,18 +250,20 @@ def override(config, arguments):
 
   Names are applied first, for they decide which other arguments there are.
   """
-  pairs = []
+  config, pairs = copy.deepcopy(config), []
   for argument in arguments:
     path, eq, text = argument.removeprefix('--config.').partition('=')
     if not eq:
       raise ConfigError(f'{argument}: write --config.{path}=VALUE')
     pairs.append((path, text))
   for path, text in pairs:
-    if _slot(path) and not text.startswith('{'):
+    if path == 'learning_rate' and _is_number(text):
+      config[path] = float(text)
+    elif _slot(path) and not text.startswith('{'):
       path = f'{path}.name'
     if path.endswith('.name'):
       _rename(config, path.split('.')[:-1], text)
-  full = complete(config)
+  full = complete(config, [path for path, _ in pairs])
   values = flags.FlagValues()
   for path, _ in pairs:
     _known(full, path)
@@ -269,6 +285,13 @@ def override(config, arguments):
   except flags.Error as error:
     raise ConfigError(' '.join(str(error).split())) from error
   return complete(_plain(values.config.to_dict()))
+
+
+def _is_number(text):
+  try:
+    return float(text) is not None
+  except ValueError:
+    return False
 
 
 def _rename(config, path, name):

@@ -72,7 +72,11 @@ class Log:
     self.workdir = epath.Path(workdir)
     (self.workdir / 'images').mkdir(parents=True, exist_ok=True)
     self.metrics = Metrics(self.workdir / 'metrics.jsonl', resumed_at)
-    self.events = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=resumed_at + 1)
+    self.events = SummaryWriter(
+      str(self.workdir / 'tensorboard'),
+      purge_step=resumed_at + 1,
+      filename_suffix=f'.{time.time_ns()}',  # else two starts in one second share a file
+    )
     self.progress = Progress(resumed_at, steps, batch_size)
     self._pending = collections.deque()
 

@@ -136,6 +136,7 @@ def _train(config, workdir, warm):
 
   source = epath.Path(warm) if warm else None
   run = train.setup(config)
+  train.evaluations(run)  # whose mistakes, like any, are told before anything is written
   if source and not checkpoint.present(workdir / 'checkpoints'):
     checkpoint.weights_like(source / 'checkpoints', run.like)
   _writable(workdir)

@@ -11,12 +11,18 @@ def state_before(run, workdir, step, show=print):
   From the last checkpoint before it, and from there by training again, which is exact. Writes
   nothing.
   """
-  if not 1 <= step:
-    raise ConfigError(f'--step={step}: steps count from 1')
-  folder = workdir / 'checkpoints'
+  if not 1 <= step <= run.config['steps']:
+    raise ConfigError(f'--step={step}: the steps of this run are 1 to {run.config["steps"]}')
+  folder, start, state = workdir / 'checkpoints', 0, None
   before = [s for s in checkpoint.present(folder) if s < step]
-  start, state = before[-1] if before else 0, None
-  state = checkpoint.read(folder, start, run.like) if before else train.init(run)
+  while state is None and before:
+    start = before.pop()
+    try:
+      state = checkpoint.read(folder, start, run.like)
+    except Exception as error:  # of many kinds
+      show(f'checkpoint {start} cannot be read ({type(error).__name__})')
+      start = 0
+  state = train.init(run) if state is None else state
   if start < step - 1:
     show(f'training again from step {start} to {step - 1}')
     step_fn = train.compile_step(run)

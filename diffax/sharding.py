@@ -87,6 +87,7 @@ def parameters(tree, mesh, rules):
     unused.discard(found[0])
     spec = fsdp(x.shape, mesh) if found[1] == 'fsdp' else P(*found[1])
     try:
+      NamedSharding(mesh, spec).check_compatible_aval(x.shape)
       NamedSharding(mesh, spec).shard_shape(x.shape)
     except ValueError as error:
       raise ConfigError(

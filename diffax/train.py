@@ -65,6 +65,8 @@ def setup(config):
   for key in ('steps', 'batch_size', 'accumulate', 'log_every', 'save_every'):
     if config[key] < 1:
       raise ConfigError(f'config.{key}={config[key]} is less than 1')
+  if config['keep']['last'] < 1:
+    raise ConfigError(f'config.keep.last={config["keep"]["last"]} is less than 1')
   if config['data']['workers'] < 0:
     raise ConfigError(f'config.data.workers={config["data"]["workers"]} is less than 0')
   try:
@@ -288,7 +290,7 @@ def train(run, workdir, warm=None):
   BadStep at the first look after a loss or gradient that was not finite.
   """
   config = run.config
-  evals = _evals(run)
+  evals = evaluations(run)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', **config['keep'])
   start, state, how = _begin(run, checkpoints, warm)
   log = logs.Log(workdir, start, config['steps'], config['batch_size'])
@@ -342,8 +344,8 @@ def _loop(run, state, start, data, log, checkpoints, evals, stop):
   return state
 
 
-def _evals(run):
-  """[(every, evaluate)] of the config's evaluations."""
+def evaluations(run):
+  """[(every, evaluate)] of the config's evaluations. Raises ConfigError."""
   return [
     (spec['every'], build('diffax.evals', spec, run, path, path=path, skip=('every',)))
     for path, spec in ((f'evals.{name}', spec) for name, spec in run.config['evals'].items())

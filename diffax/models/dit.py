@@ -85,7 +85,7 @@ class Block(nn.Module):
     d = x.shape[-1]
     xavier = nn.initializers.xavier_uniform()
     dense = lambda features, name, init=xavier: nn.Dense(
-      features, dtype=self.dtype, kernel_init=init, name=name
+      features, dtype=self.dtype, kernel_init=init, dot_general=layers.flat_dot, name=name
     )
     norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
     modulation = dense(6 * d, 'modulation', nn.initializers.zeros)(nn.silu(c))
@@ -139,7 +139,7 @@ class DiT(nn.Module):
     space, channels = x.shape[1:-1], x.shape[-1]
     normal = nn.initializers.normal(0.02)
     dense = lambda features, name, init=normal: nn.Dense(
-      features, dtype=self.dtype, kernel_init=init, name=name
+      features, dtype=self.dtype, kernel_init=init, dot_general=layers.flat_dot, name=name
     )
 
     x = dense(self.width, 'patch_in', nn.initializers.xavier_uniform())(

@@ -21,7 +21,7 @@ def constrain(x, *names):
 layout = nn.logical_axis_rules  # a context: ((logical name, mesh axes), ...)
 
 
-def sinusoids(t, width, longest=10_000.):
+def sinusoids(t, width, longest=10_000.0):
   """[cos, sin] of t at width / 2 geometric frequencies from 1 to 1 / longest: [b] -> [b width].
 
   The time embedding of Ho et al. 2020 and DiT, for t about 0 to 1000. float32.
@@ -31,15 +31,17 @@ def sinusoids(t, width, longest=10_000.):
   return jnp.concatenate([jnp.cos(wave), jnp.sin(wave)], axis=-1)
 
 
-def sincos_positions(shape, width, longest=10_000.):
+def sincos_positions(shape, width, longest=10_000.0):
   """Fixed embedding [n width] of the places of an N-d grid; Peebles & Xie 2023, after ViT and MAE.
 
   Each axis has width / N channels, [sin, cos] of its coordinate, the last axis first.
   Raises ValueError where the width does not divide by twice the number of axes.
   """
   if width % (2 * len(shape)):
-    raise ValueError(f'width={width} does not divide by {2 * len(shape)}: a sine and a cosine for '
-                     f'each of {len(shape)} axes')
+    raise ValueError(
+      f'width={width} does not divide by {2 * len(shape)}: a sine and a cosine for '
+      f'each of {len(shape)} axes'
+    )
   half = width // len(shape) // 2
   rate = longest ** (-np.arange(half) / half)
   places = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing='ij'))
@@ -74,6 +76,17 @@ def unpatchify(tokens, space, patch):
 def attention(q, k, v):
   """Softmax attention, [b n k d] each; the softmax in float32 whatever the dtype."""
   return jax.nn.dot_product_attention(q, k, v)
+
+
+def flat_dot(x, kernel, dimensions, **options):
+  """The product of a Dense layer, [... in] by [in out], over rows in one axis.
+
+  The gradient of a kernel then sums over one axis, not two, which takes half the time on a CPU.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options).reshape(
+    *x.shape[:-1], -1
+  )
 
 
 def dropout(x, keys, rate):
