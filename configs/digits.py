@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 def get_config(variant: Literal['full', 'smoke'] = 'full'):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 2_400
+  c.steps = 3_000
   c.batch_size = 64
 
   c.data = dict(name='digits', split='train')
@@ -24,20 +24,22 @@ def get_config(variant: Literal['full', 'smoke'] = 'full'):
 
   c.schedule = dict(name='ve', sigma_min=0.01, sigma_max=20.0)  # EDM: x_t = x0 + t eps
   c.prediction = dict(name='edm', sigma_data=0.7, time_scale=1000.0)
-  c.loss = dict(time=dict(name='log_normal', mean=-0.6, std=1.2), weight=dict(name='edm', sigma_data=0.7))
+  c.loss = dict(
+    time=dict(name='log_normal', mean=-0.6, std=1.2), weight=dict(name='edm', sigma_data=0.7)
+  )
   c.model = dict(name='dit', patch=2, width=64, depth=4, heads=4, classes=10)
 
   c.optimizer = dict(name='adam', b2=0.99, clip=1.0)
   c.learning_rate = dict(
     name='warmup_cosine_decay_schedule',
-    init_value=0.0, peak_value=8e-3, warmup_steps=100, decay_steps=2_400, end_value=0.0,
+    init_value=0.0, peak_value=8e-3, warmup_steps=100, decay_steps=3_000, end_value=0.0,
   )
   c.ema = (0.997,)
 
   c.log_every = 50
-  c.save_every = 600
+  c.save_every = 1_000
   sampler = dict(name='heun', steps=12, grid=dict(name='karras'))
-  c.evals = dict(samples=dict(name='grid', every=600, sampler=sampler, guidance=1.15))
+  c.evals = dict(samples=dict(name='grid', every=1_000, sampler=sampler, guidance=1.15))
   c.sample = dict(count=1000, batch_size=250, sampler=sampler, guidance=1.15)
 
   if variant == 'smoke':

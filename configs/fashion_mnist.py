@@ -1,7 +1,7 @@
 """Fashion-MNIST, 28x28 grey, by class: DiT-S/2 on straight flows, for one GPU.
 
   python -m diffax.main --config configs/fashion_mnist.py --workdir runs/fashion_mnist
-  python -m diffax.main --config configs/fashion_mnist.py:smoke --workdir runs/smoke  # a CPU will do
+  python -m diffax.main --config configs/fashion_mnist.py:smoke --workdir runs/smoke
 
 The data is the TFDS set `fashion_mnist`, prepared under $DIFFAX_DATA/tfds. The full run was not
 made yet: no number to reach stands here until one is.

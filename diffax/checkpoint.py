@@ -92,19 +92,28 @@ def _reason(error):
 def restore(checkpoints, like):
   """(step, state) of the newest checkpoint that can be read, or (0, None) where there is none.
 
-  Unreadable ones are named in the log and set aside.
+  Newer ones that cannot be read are named in the log and set aside. Raises ConfigError where there
+  are checkpoints and none can be read: to begin anew is then not for this code to decide.
   """
+  unread = []
   for step in checkpoints.steps()[::-1]:
     try:
-      return step, read(checkpoints.folder, step, like)
+      state = read(checkpoints.folder, step, like)
     except Exception as error:  # of many kinds
-      aside = checkpoints.set_aside(step)
+      unread.append((step, _reason(error)))
+      continue
+    for bad, reason in unread:
+      aside = checkpoints.set_aside(bad)
       logging.warning(
-        'checkpoint %d cannot be read (%s); set aside as %s, going on from the one before',
-        step,
-        _reason(error),
-        aside,
+        'checkpoint %d cannot be read (%s); set aside as %s, going on from %d',
+        *(bad, reason, aside, step),
       )
+    return step, state
+  if unread:
+    raise ConfigError(
+      f'none of the checkpoints {[step for step, _ in unread]} in {checkpoints.folder} can be read '
+      f'({unread[0][1]}): mend them, or choose another --workdir'
+    )
   return 0, None
 
 

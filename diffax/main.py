@@ -48,10 +48,12 @@ def parse(argv):
   """(flags, overrides) of a command line. Raises ConfigError."""
   joined = []  # '--config.steps 5' and '-config.steps=5' are written as '--config.steps=5'
   for argument in argv[1:]:
-    if joined and joined[-1].startswith('--config.') and '=' not in joined[-1]:
+    bare = joined and joined[-1].startswith('--config.') and '=' not in joined[-1]
+    if bare and not argument.startswith('--'):
       joined[-1] += '=' + argument
     else:
       joined.append('-' + argument if argument.startswith('-config') else argument)
+  joined = [a + '=true' if a.startswith('--config.') and '=' not in a else a for a in joined]
   values = define_flags()
   try:
     rest = values([argv[0], *[a for a in joined if not a.startswith('--config.')]])[1:]
@@ -180,7 +182,9 @@ def main(argv=None):
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
   except Exception as error:
-    if type(error).__name__ != 'BadStep':
+    from diffax.train import BadStep
+
+    if not isinstance(error, BadStep):
       raise
     print(f'error: {error}', file=sys.stderr)
     sys.exit(1)

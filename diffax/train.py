@@ -318,7 +318,11 @@ def _loop(run, state, start, data, log, checkpoints, evals, stop):
   step_fn = compile_step(run) if start < config['steps'] else None
   log.progress.restart(start)
   for step in range(start + 1, config['steps'] + 1):
-    state, metrics = step_fn(state, next(data))
+    try:
+      batch = next(data)
+    except ValueError as error:  # a broken record, which the message names
+      raise ConfigError(f'step {step}: {" ".join(str(error).split())}') from error
+    state, metrics = step_fn(state, batch)
     in_flight.append(metrics['loss'])
     if len(in_flight) > IN_FLIGHT:
       in_flight.popleft().block_until_ready()

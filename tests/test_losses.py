@@ -1,5 +1,7 @@
 """Laws of t, weightings and the loss, against what their papers say of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +128,7 @@ def test_a_weighting_of_x0_is_one_loss_under_any_prediction(schedule):
   for weight, w in ((losses.min_snr(), np.minimum(nsr**-2, 5.)), (ours, 1 / (1 + nsr))):
     error = w * (np.tanh(x) - x0)**2
     for prediction in PREDICTIONS:
-      loss = jax.jit(lambda *a: loss_of(schedule, prediction, weight, jnp.tanh, *a))(x0, eps, t)
+      loss = jax.jit(partial(loss_of, schedule, prediction, weight, jnp.tanh))(x0, eps, t)
       assert loss.shape == (4,) and loss.dtype == jnp.float32
       np.testing.assert_allclose(loss, error.mean((1, 2)), rtol=2e-3, err_msg=prediction)
 
