@@ -176,9 +176,7 @@ def _complete(values, defaults, path, awaited):
     }
   elif not isinstance(values, dict):
     raise ConfigError(f'{path}={values!r}: give a dict with {", ".join(defaults)}')
-  unknown = [
-    k for k in values if k not in defaults and path != 'evals'
-  ]  # whose keys are the user's
+  unknown = [k for k in values if k not in defaults and path != 'evals']  # names of one's own
   if unknown:
     where = f'{path}.{unknown[0]}' if path else unknown[0]
     what = f' ({values["name"]} takes no such argument)' if slot and 'name' in values else ''
@@ -224,8 +222,7 @@ def _signature(slot, name, path):
 
 
 def _is_data(value):
-  """Whether a parameter's default is plain data, None or missing. Functions and dtypes stay
-  unsaid."""
+  """Whether a parameter's default is data, None or missing: functions and dtypes stay unsaid."""
   kinds = (bool, int, float, str, tuple, list, dict)
   return value is None or value is inspect.Parameter.empty or isinstance(value, kinds)
 

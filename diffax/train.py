@@ -151,11 +151,19 @@ def make_step(loss, tx, rate, config):
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
     return jax.lax.scan(add, zero, parts)[0]
 
-  def update(state, grads):
+  def update(state, grads, sums, bad):
+    """The next state; where `bad`, this one."""
+    # Averages are taken of the chosen parameters, else XLA keeps one more copy of those.
+    choose = lambda new, old: jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
     updates, opt = tx.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(
-      step=state.step + 1, params=params, opt=opt, ema=ema.update(state.ema, params, state.step)
+    params = choose(optax.apply_updates(state.params, updates), state.params)
+    return State(
+      step=choose(state.step + 1, state.step),
+      params=params,
+      ema=choose(ema.update(state.ema, params, state.step), state.ema),
+      opt=choose(opt, state.opt),
+      sums=choose(sums, state.sums),
+      bad=bad,
     )
 
   def step(state, batch):
@@ -169,10 +177,9 @@ def make_step(loss, tx, rate, config):
     logged = state.step % config['log_every'] == 0
     this = {'loss': value, 'grad_norm': norm, 'steps': 1.0}
     sums = jax.tree.map(lambda s, x: jnp.where(logged, 0.0, s) + x, state.sums, this)
-    new = update(state, grads).replace(sums=sums)
-    new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state).replace(bad=bad)
     metrics = {k: sums[k] / sums['steps'] for k in ('loss', 'grad_norm')}
-    return new, metrics | {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
+    metrics |= {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
+    return update(state, grads, sums, bad), metrics
 
   return step
 
