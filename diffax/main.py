@@ -181,6 +181,8 @@ def main(argv=None):
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:  # `... --mode replay --step 9 | head` has read enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
     from diffax.train import BadStep
 
