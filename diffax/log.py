@@ -115,12 +115,14 @@ class Log:
     self.events.add_image(name, image, step, dataformats='HWC')
 
   def curve(self):
-    """images/loss.png, of all that was logged."""
+    """images/loss.png, of all that was logged, if anything was."""
     from diffax import images
 
     self.flush()
     rows = read_metrics(self.metrics.path)
     steps, losses = [row['step'] for row in rows], [row['loss'] for row in rows]
+    if not rows:  # a run shorter than log_every
+      return
     images.curve(self.workdir / 'images' / 'loss.png', steps, losses, self.workdir.name)
 
   def flush(self):

@@ -73,6 +73,14 @@ def test_tensorboard(tmp_path):
     np.asarray(Image.open(tmp_path / 'images' / 'samples_0000020.png')), decoded)
 
 
+def test_no_curve_of_nothing(tmp_path):
+  """A run shorter than `log_every` ends well."""
+  log = run(epath.Path(tmp_path), 0, 0)
+  log.curve()
+  log.close()
+  assert not (tmp_path / 'images' / 'loss.png').exists()
+
+
 def test_curve(tmp_path):
   log = run(epath.Path(tmp_path), 0, 12)
   log.curve()
