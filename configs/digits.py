@@ -39,8 +39,8 @@ def get_config(variant: Literal['full', 'smoke'] = 'full'):
   c.log_every = 50
   c.save_every = 1_000
   sampler = dict(name='heun', steps=12, grid=dict(name='karras'))
-  c.evals = dict(samples=dict(name='grid', every=1_000, sampler=sampler, guidance=1.1))
-  c.sample = dict(count=1000, batch_size=250, sampler=sampler, guidance=1.1)
+  c.evals = dict(samples=dict(name='grid', every=1_000, sampler=sampler, guidance=1.125))
+  c.sample = dict(count=1000, batch_size=250, sampler=sampler, guidance=1.125)
 
   if variant == 'smoke':
     c.steps, c.batch_size, c.log_every, c.save_every = 20, 32, 5, 10

@@ -25,6 +25,9 @@ from diffax import predictions
 from diffax import schedules
 
 
+SAMPLING = 2**32 - 1  # in place of a training step, where keys are made
+
+
 class Sampler(NamedTuple):
   plan: Callable[..., Any]
   init: Callable[[Array], Any]
@@ -48,8 +51,12 @@ def lift(denoise):
 
 
 def sample_keys(seed, index):
-  """A key for each sample: of (seed, sample index) alone. index: integers [b]. Returns keys [b]."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index))
+  """A key for each sample: of (seed, sample index) alone. index: integers [b]. Returns keys [b].
+
+  No key of a training step is among them: those are folded from steps, none of which is SAMPLING.
+  """
+  root = jax.random.fold_in(jax.random.key(seed), SAMPLING)
+  return jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.asarray(index))
 
 
 def normal(keys, shape, dtype=jnp.float32):

@@ -13,6 +13,7 @@ import run_diffax
 
 from diffax import checkpoint
 from diffax import optim
+from diffax import samplers
 from diffax import sharding
 from diffax import train
 from diffax.build import ConfigError
@@ -279,3 +280,15 @@ def test_pictures(tmp_path):
   train.train(run, epath.Path(tmp_path))
   names = sorted(p.name for p in (tmp_path / 'images').iterdir())
   assert names == ['loss.png', *(f'samples_000000{s}.png' for s in (2, 4, 5))]
+
+
+def test_sampling_and_training_share_no_key():
+  """Sample i is not drawn with the noise that example 0 of step i was trained with."""
+  index = jnp.arange(8)
+  trained = [train.example_keys(0, step, 8) for step in range(8)]
+  trained = {tuple(k) for keys in trained for k in np.asarray(jax.random.key_data(keys))}
+  keys = samplers.sample_keys(0, index)
+  folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in range(8)]
+  drawn = {tuple(k) for ks in [keys, *folded] for k in np.asarray(jax.random.key_data(ks))}
+  assert not trained & drawn
+  assert len(drawn) == 8 * 9
