@@ -10,8 +10,8 @@ import run_diffax
 
 PACKAGE = run_diffax.ROOT / 'diffax'
 LAYERS = {
-  'mathematics': ('schedules', 'times', 'grids', 'predictions', 'losses', 'samplers', 'guidance',
-                  'ema'),
+  'mathematics': ('schedules', 'times', 'grids', 'predictions', 'losses', 'couplings', 'noises',
+                  'tableau', 'samplers', 'solvers', 'guidance', 'inverse', 'likelihood', 'ema'),
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'checkpoint', 'optim', 'log', 'images'),
@@ -30,7 +30,7 @@ MAY_IMPORT = {
   'doors': tuple(LAYERS),
 }
 OUTSIDE = {  # other packages, where it is not just any
-  'mathematics': {'jax', 'numpy', 'einops'},
+  'mathematics': {'jax', 'numpy', 'einops', 'optax', 'diffrax'},  # the last two in functions alone
   'models': {'jax', 'numpy', 'einops', 'flax'},
 }
 
@@ -108,5 +108,6 @@ import sys
 for name in ('flax', 'optax', 'orbax', 'grain', 'tensorflow_datasets', 'ml_collections', 'absl',
              'etils', 'PIL', 'matplotlib', 'sklearn', 'tensorboardX', 'tqdm'):
   sys.modules[name] = None
-from diffax import ema, grids, guidance, losses, predictions, samplers, schedules, times
+from diffax import couplings, ema, grids, guidance, inverse, likelihood, losses, noises, predictions
+from diffax import samplers, schedules, solvers, tableau, times
 ''')
