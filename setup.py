@@ -40,8 +40,9 @@ setup(
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
         'gcs': ['gcsfs', 'google-cloud-storage'],  # gs:// workdirs and their TensorBoard events
-        'test': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10', 'pytest>=8.0', 'ruff>=0.9',
-                 'tensorboard>=2.18'],
+        'diffrax': ['diffrax>=0.6'],  # solvers.sample_diffrax
+        'test': ['diffrax>=0.6', 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
+                 'pytest>=8.0', 'ruff>=0.9', 'tensorboard>=2.18'],
         'benchmark': ['torch>=2.4'],
     },
 )

@@ -17,6 +17,7 @@ import numpy as np
 
 from diffax import predictions
 from diffax import schedules
+from diffax import tableau
 
 LAM_NOISE = -6.  # where alpha = 0, lambda is -inf: there a grid in log-SNR begins at e^6 noise
 
@@ -253,6 +254,42 @@ def reverse(schedule, ts):
     return rising
   halfway = (rising[0] + rising[2]) / 2
   return rising.at[1].set(jnp.where(rising[1] <= rising[0] * (1 + 1e-5), halfway, rising[1]))
+
+
+def restart(schedule, steps, of, low=0.05, high=1., repeats=3, inner=5) -> tableau.Path:
+  """The grid `of` [steps + 1], with the noise between two levels gone through again and again.
+
+  At the first time of `of` where sigma / alpha is `low` or less (or at the last it asks at), x is
+  noised up to `high` and brought down in `inner` steps of equal length in lambda, `repeats` times:
+  repeats * inner steps more. Xu et al. 2023, "Restart Sampling", algorithm 1. Raises ValueError.
+  """
+  if not 0 < low < high or repeats < 1 or inner < 1 or steps < 2:
+    raise ValueError(f'restart: low={low}, high={high}, repeats={repeats}, inner={inner}, steps='
+                     f'{steps}; allowed: 0 < low < high, repeats and inner from 1, steps from 2')
+  place = jnp.clip((schedule(of[:-1]).nsr > low).sum(), 1, steps - 1)
+  down = schedule(of[place]).lam
+  top = jnp.maximum(jnp.minimum(-jnp.log(high), down - 1), schedule(of[0]).lam)
+  lam = jnp.linspace(top, down, inner + 1)
+  again = schedules.inverse(schedule, lam).at[-1].set(of[place])
+  number = jnp.arange(steps + repeats * inner)
+  extra = (number >= place) & (number < place + repeats * inner)
+  main = jnp.where(number < place, number, number - repeats * inner)
+  turn = (number - place) % inner
+  pick = lambda end: jnp.where(extra, again[turn + end], of[jnp.clip(main, 0, steps - 1) + end])
+  return tableau.Path(pick(0), pick(1))
+
+
+def repaint(schedule, steps, of, jump=1, repeats=10) -> tableau.Path:
+  """The grid `of` [steps + 1], every `jump` steps of it gone through `repeats` times.
+
+  x is noised up again between. For `inverse.repaint`: Lugmayr et al. 2022, "RePaint", algorithm 1
+  and sec. 4.2 (their j and r). Raises ValueError.
+  """
+  if not 1 <= jump <= steps or repeats < 1:
+    raise ValueError(f'repaint: jump={jump}, repeats={repeats}; allowed: 1 to {steps}, 1 or more')
+  parts = [np.tile(np.arange(i, min(i + jump, steps)), repeats) for i in range(0, steps, jump)]
+  number = np.concatenate(parts)
+  return tableau.Path(of[number], of[number + 1])
 
 
 def _frozen_error(denoise, schedule, x0, key, t, s):

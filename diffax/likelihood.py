@@ -118,7 +118,7 @@ def ode_log_likelihood(denoise, schedule, x, ts, keys, trace: Trace,
   with them.
   """
   state, field, finish = _flow(denoise, schedule, x, keys, trace)
-  phi = _angle(schedule(grids.reverse(schedule, ts))).astype(state[0].dtype)
+  phi = solvers.angle(schedule(grids.reverse(schedule, ts))).astype(state[0].dtype)
   return finish(solvers.fixed(field, state, phi, tableau), phi[-1])
 
 
@@ -129,13 +129,9 @@ def adaptive_log_likelihood(denoise, schedule, x, keys, trace: Trace, **control)
   Where max_steps do not do, NaN.
   """
   state, field, finish = _flow(denoise, schedule, x, keys, trace)
-  ends = _angle(schedule(jnp.array([schedule.t_min, schedule.t_max]))).astype(state[0].dtype)
+  ends = solvers.angle(schedule(jnp.array([schedule.t_min, schedule.t_max]))).astype(state[0].dtype)
   found = solvers.adaptive(field, state, *ends, **control)
   return jnp.where(found.done[:, None], finish(found.x, ends[1]), jnp.nan)
-
-
-def _angle(level):
-  return jnp.arctan2(level.sigma, level.alpha)
 
 
 def _ask(denoise, x, level, dtype):
@@ -149,14 +145,11 @@ def _flow(denoise, schedule, x, keys, trace):
   """Where the flow of (z, log of the change of volume [b k]) begins, its field, and log p(x) of
   the state it ends in at an angle."""
   size, wide = x[0].size, jnp.promote_types(x.dtype, jnp.float32)
-  first = jnp.cos(_angle(schedule(schedule.t_min)))
+  first = jnp.cos(solvers.angle(schedule(schedule.t_min)))
 
   def field(state, phi):
     phi = jnp.expand_dims(phi, tuple(range(1, x.ndim)))  # [b 1 ...]
-    cos = jnp.maximum(jnp.cos(phi), 0.)  # of a rounded pi / 2 it is -4e-8
-    t = schedules.inverse(schedule, jnp.log(cos) - jnp.log(jnp.sin(phi)))
-    level = schedule(jnp.clip(t, schedule.t_min, schedule.t_max))
-    norm = jnp.sqrt(level.alpha**2 + level.sigma**2)
+    level, norm = solvers.level_at(schedule, phi)
     x0_of = lambda z: _ask(denoise, norm * z, level, x.dtype).x0
     x0, divergence = trace(x0_of, state[0], keys)
     cos, sin = level.alpha / norm, level.sigma / norm

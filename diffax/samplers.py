@@ -677,7 +677,8 @@ def sa_solver(predictor=3, corrector=3, tau=1., low=0.05, high=1.) -> Sampler:
   [low, high] (appendix E), elsewhere the ODE. corrector: 0 for none. Raises ValueError.
   """
   if predictor not in (1, 2, 3) or corrector not in (0, 1, 2, 3):
-    raise ValueError(f'sa_solver: predictor={predictor} or corrector={corrector} is not 1 to 3')
+    raise ValueError(f'sa_solver: predictor={predictor}, corrector={corrector}; allowed: 1 to 3, '
+                     'and corrector=0 for none')
 
   def plan(schedule, ts, clean=True):
     steps = tableau.walk(schedule, ts)

@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffax import grids
+from diffax import samplers
+from diffax import schedules
 from diffax import solvers
+import gaussians
 
+MIXTURE = gaussians.mixture()
 TABLEAUS = {'bogacki_shampine': solvers.BOGACKI_SHAMPINE, 'dormand_prince': solvers.DORMAND_PRINCE}
 
 
@@ -96,3 +101,75 @@ def test_where_nothing_moves():
 def test_refused(tolerance):
   with pytest.raises(ValueError, match='rtol='):
     solvers.adaptive(lambda x, t: x, jnp.ones((2, 3)), 0., 1., **tolerance)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def mixture_denoiser(x, level):
+  """The exact one, each example at a level of its own."""
+  one = lambda x, *level: gaussians.denoise(MIXTURE, x[None], schedules.Level(*level))[0]
+  return jax.vmap(one)(x, *(jnp.broadcast_to(a, (len(x), 1))[:, 0] for a in level))
+
+
+def exact(schedule, x):
+  """Where the flow from t_max is at clean data."""
+  first = np.array(schedule(schedule.t_max)[1:])
+  return gaussians.flow(MIXTURE, np.asarray(x), first, (1., 0.))
+
+
+@pytest.mark.parametrize('kind', ['linear', 'cosine', 'vp', 've'])
+def test_sample_adaptive(kind, x64):
+  """On the exact flow within the tolerance, from noise to data, on any schedule."""
+  schedule = getattr(schedules, kind)(1e-5) if kind != 'vp' else schedules.vp(t_min=1e-6)
+  x = gaussians.quantiles() * float(schedule(schedule.t_max).sigma)
+  run = jax.jit(lambda x: solvers.sample_adaptive(
+      mixture_denoiser, schedule, x, rtol=1e-6, atol=1e-6))
+  out, found = run(x)
+  assert found.done.all() and len(np.unique(found.tries)) > 1  # each sample in steps of its own
+  assert np.abs(out - exact(schedule, x)).max() < 1e-4
+
+
+def test_sample_diffrax(x64):
+  diffrax = pytest.importorskip('diffrax')
+  schedule = schedules.cosine(1e-5)
+  x = gaussians.quantiles()
+  control = diffrax.PIDController(rtol=1e-7, atol=1e-7)
+  for options in (dict(), dict(solver=diffrax.Dopri5(), controller=control),
+                  dict(solver=diffrax.Heun(), steps=400)):
+    out = jax.jit(lambda x, o=options: solvers.sample_diffrax(
+        mixture_denoiser, schedule, x, **o))(x)
+    assert np.abs(out - exact(schedule, x)).max() < 1e-3, options
+
+
+@pytest.mark.parametrize('name', ['ddim', 'ddpm'])
+def test_sample_picard(name):
+  """As the sampler one step after the other, in fewer rounds; asked of a whole window at once."""
+  schedule, sampler = schedules.linear(), getattr(samplers, name)()
+  keys = samplers.sample_keys(0, np.arange(4))
+  ts = grids.uniform(schedule, 30)
+  rows = sampler.plan(schedule, ts)
+  x = samplers.initial(schedule, ts, keys, (2,))
+  denoise = lambda x, level: gaussians.denoise(MIXTURE, x, level)
+  plain = jax.jit(lambda: samplers.sample(sampler, denoise, rows, x, keys))()
+  for window, tolerance, near in ((30, 0., 2e-5), (8, 0., 2e-5), (8, 1e-3, 3e-2), (1, 0., 2e-5)):
+    out, rounds = jax.jit(lambda w=window, tol=tolerance: solvers.sample_picard(
+        sampler, denoise, rows, x, keys, window=w, tolerance=tol))()
+    assert np.abs(out - plain).max() < near, (window, tolerance)
+    assert rounds == 30 if window == 1 else rounds < 30
+  assert rounds == 30
+  _, quick = jax.jit(lambda: solvers.sample_picard(
+      sampler, denoise, rows, x, keys, window=15, tolerance=1e-2))()
+  assert quick <= 15
+
+
+def test_what_remembers_is_refused():
+  schedule, x = schedules.linear(), jnp.zeros((1, 2))
+  memory = samplers.Denoiser(lambda x: (), lambda x, level, m: (x, m))
+  rows = samplers.dpmpp_2m().plan(schedule, grids.uniform(schedule, 3))
+  with pytest.raises(ValueError, match='remember'):
+    solvers.sample_picard(samplers.dpmpp_2m(), lambda x, t: x, rows, x)
+  with pytest.raises(ValueError, match='remember'):
+    solvers.sample_picard(samplers.ddim(), memory, rows, x)
+  with pytest.raises(ValueError, match='remember'):
+    solvers.sample_adaptive(memory, schedule, x)
