@@ -5,7 +5,7 @@ asked at the first `steps` of them, in [t_min, t_max]; the last is 0, clean data
 asked. One name is one grid in every sampler, and as many steps are made as were asked for.
 
 Three families: equal steps in a function of t (`uniform`, `quadratic`, `beta`), equal steps in a
-function of the noise (`log_snr`, which k-diffusion calls exponential, `polyexponential`, `karras`),
+function of the noise (`log_snr` or `exponential`, `polyexponential`, `karras`),
 and the indices of a model trained on a table of levels (`leading`, `trailing`, `linspace`). `ays`
 is a published table, `explicit` a list of one's own, `align` fits a grid to a model. All raise
 ValueError where `steps` is less than 1.
@@ -124,9 +124,14 @@ def polyexponential(schedule, steps, rho=1.):
 def log_snr(schedule, steps):
   """Equal steps in lambda, from t_max to t_min; then 0.
 
-  Lu et al. 2022, "DPM-Solver", sec. 3.3; the `exponential` of k-diffusion.
+  Lu et al. 2022, "DPM-Solver", sec. 3.3.
   """
   return polyexponential(schedule, steps)
+
+
+def exponential(schedule, steps):
+  """`log_snr` by k-diffusion's name: sigma falls by a constant factor."""
+  return log_snr(schedule, steps)
 
 
 # --- indices of a table ---------------------------------------------------------------------------

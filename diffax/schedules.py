@@ -161,6 +161,11 @@ def ve(sigma_min=0.002, sigma_max=80.) -> Schedule:
   return Schedule(level, sigma_min, sigma_max, log_clock, t_end=100 * sigma_max)
 
 
+def edm(sigma_min=0.002, sigma_max=80.) -> Schedule:
+  """`ve` by the name of the paper that it is from; Karras et al. 2022, table 1."""
+  return ve(sigma_min, sigma_max)
+
+
 def exponential(sigma_min=0.01, sigma_max=50., t_min=1e-5) -> Schedule:
   """Variance exploding as Song et al. write it: sigma = sigma_min (sigma_max / sigma_min)^t.
 
