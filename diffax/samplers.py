@@ -530,27 +530,34 @@ def deis(order=3, place='t') -> Sampler:
   """DEIS: Adams-Bashforth on the noise, exact for its exponential weight. Order `order`.
 
   Zhang & Chen 2022, "Fast Sampling with Exponential Integrator", eq. 14: polynomials in t ('t',
-  tAB-DEIS), in log(sigma / alpha) ('lam') or in sigma / alpha ('nsr', rhoAB-DEIS, `lms`). Raises
-  ValueError.
+  tAB-DEIS) or in log(sigma / alpha) ('lam'); in sigma / alpha they are `lms`. Raises ValueError.
   """
-  places = dict(lam=lambda _: tableau.in_lam, nsr=lambda _: tableau.in_nsr, t=lambda schedule: (
-      lambda u, lam: schedules.inverse(schedule, u + lam)))
-  if place not in places or order not in (1, 2, 3, 4):
-    raise ValueError(f'deis: place={place!r}, order={order}; allowed: {", ".join(places)}; 1 to 4')
+  if place not in ('t', 'lam') or order not in (1, 2, 3, 4):
+    raise ValueError(f'deis: place={place!r}, order={order}; allowed: t, lam; 1 to 4')
 
   def plan(schedule, ts, clean=True):
     steps = tableau.walk(schedule, ts)
-    past = tableau.adams(steps, order, tableau.exponential(-1.), places[place](schedule))
+    in_t = lambda u, lam: schedules.inverse(schedule, u + lam)
+    where = in_t if place == 't' else tableau.in_lam
+    past = tableau.adams(steps, order, tableau.exponential(-1.), where)
     return tableau.multistep_eps(steps, tuple(steps.s.sigma * w for w in past))
   return tableau.linear(plan, 1, order)
 
 
 def lms(order=4) -> Sampler:
-  """Linear multistep on the noise, in sigma / alpha. Order `order`, 1 to 4.
+  """Linear multistep on the noise, in sigma / alpha, down to 0. Order `order`, 1 to 4.
 
-  Crowson 2022, k-diffusion, `sample_lms`; Zhang & Chen 2022, "DEIS", rhoAB.
+  Crowson 2022, k-diffusion, `sample_lms`; Zhang & Chen 2022, "DEIS", rhoAB. Raises ValueError.
   """
-  return deis(order, 'nsr')
+  if order not in (1, 2, 3, 4):
+    raise ValueError(f'lms: order={order}; allowed: 1 to 4')
+
+  def plan(schedule, ts, clean=True):
+    steps = tableau.walk(schedule, ts)
+    past = tableau.adams(
+        steps, order, lambda u, h, at: jnp.ones_like(u), along=lambda level: level.nsr)
+    return tableau.multistep_eps(steps, tuple(steps.s.alpha * w for w in past))
+  return tableau.linear(plan, 1, order)
 
 
 def ipndm(order=4) -> Sampler:
@@ -674,7 +681,8 @@ def sa_solver(predictor=3, corrector=3, tau=1., low=0.05, high=1.) -> Sampler:
   """Stochastic Adams: predictor and corrector on the reverse SDE of noise tau, n calls.
 
   Xue et al. 2023, "SA-Solver", eq. 14 and 17, algorithm 1; tau acts where sigma / alpha lies in
-  [low, high] (appendix E), elsewhere the ODE. corrector: 0 for none. Raises ValueError.
+  [low, high] (appendix E), elsewhere the ODE. predictor, corrector: how many clean estimates each
+  weighs, the corrector besides the newest; 0 for none. Raises ValueError.
   """
   if predictor not in (1, 2, 3) or corrector not in (0, 1, 2, 3):
     raise ValueError(f'sa_solver: predictor={predictor}, corrector={corrector}; allowed: 1 to 3, '
@@ -683,8 +691,8 @@ def sa_solver(predictor=3, corrector=3, tau=1., low=0.05, high=1.) -> Sampler:
   def plan(schedule, ts, clean=True):
     steps = tableau.walk(schedule, ts)
     acts = (steps.t.nsr <= high) & (steps.t.nsr >= low)
-    eta = jnp.where(acts, tau**2, 0.)
-    kernel, scale = tableau.exponential(1. + eta), steps.s.alpha
+    eta = jnp.where(acts, tau**2, 0.) if tau else None
+    kernel, scale = tableau.exponential(1. + (eta if tau else 0.)), steps.s.alpha
     past = [scale * w for w in tableau.adams(steps, predictor, kernel)]
     fix = [scale * w for w in tableau.correct(steps, corrector, kernel)] if corrector else ()
     return tableau.corrected_rows(steps, past, fix, eta)

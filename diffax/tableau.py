@@ -225,13 +225,14 @@ def phi2(z):
   return (share * z[None] * v * jnp.exp(-z[None] * (1 - v))).sum(0)
 
 
-def adams(steps, order, kernel, place=in_lam):
+def adams(steps, order, kernel, place=in_lam, along=lambda level: level.lam):
   """Weights of the last order - 1 calls less the present one, of the polynomial through all.
 
-  As many of them are used as lie at finite log-SNR since the last jump; none where the step itself
-  is infinite: there it is DDIM's.
+  along: the variable of integration. As many calls are used as lie where it is finite since the
+  last jump; none where the step itself is infinite: there it is DDIM's.
   """
-  lam, h = steps.t.lam, steps.h
+  lam = along(steps.t)
+  h = along(steps.s) - lam
   good = jnp.isfinite(h)
   h, at = jnp.where(good, h, 1.), jnp.where(good, lam, 0.)
   nodes, weights = [jnp.zeros_like(h)], [jnp.zeros_like(h)] * (order - 1)
