@@ -23,17 +23,12 @@ def near(name, allowed):
   return f'{hint}allowed: {", ".join(allowed) or "nothing"}'
 
 
-def functions(owner, given=(), returns=''):
+def functions(owner, suits=lambda function: True):
   """{name: function} of the public functions of a module, or of all modules of a package.
 
-  given: parameters they must have. returns: what they must say they return, as 'Sampler', so that
-  a module's other functions are not taken for what a config may name.
+  suits: function -> whether it is meant for a place, so that a module's other functions are not
+  taken for what a config may name there.
   """
-  def suits(f):
-    said = inspect.get_annotations(f).get('return')
-    return set(given) <= set(inspect.signature(f).parameters) and (
-      not returns or getattr(said, '__name__', '') == returns)
-
   module = importlib.import_module(owner)
   if owner.split('.')[0] == 'optax':  # optax gathers its functions from private modules
     found = {k: f for k, f in vars(module).items() if inspect.isfunction(f)}
@@ -51,11 +46,11 @@ def functions(owner, given=(), returns=''):
   }
 
 
-def find(owner, name, path, given=(), returns=''):
+def find(owner, name, path, suits=lambda function: True):
   """The function `name` of `owner`, or of the user's module where `name` is dotted.
 
-  path: where in the config the name stands, for messages. given, returns: see `functions`; they
-  are not asked of the user's own. Raises ConfigError.
+  path: where in the config the name stands, for messages. suits: see `functions`; it is not asked
+  of the user's own. Raises ConfigError.
   """
   if '.' in name:
     owner, name = name.rsplit('.', 1)
@@ -65,8 +60,8 @@ def find(owner, name, path, given=(), returns=''):
       raise ConfigError(
         f'{path}.name={owner}.{name}: cannot import {owner} ({error}); is it on PYTHONPATH?'
       ) from error
-    given, returns = (), ''
-  choices = functions(owner, given, returns)
+    suits = lambda function: True
+  choices = functions(owner, suits)
   if name not in choices:
     raise ConfigError(f'{path}.name={name!r} is no function of {owner}; {near(name, choices)}')
   return choices[name]
@@ -79,18 +74,36 @@ def parameters(function, given=()):
   return {k: p for k, p in all_of_them.items() if k not in given and p.kind not in kinds}
 
 
-def build(owner, spec, *args, path, skip=()):
+def takes(owner, spec, parameter, path):
+  """Whether the function that `spec['name']` names has that parameter."""
+  return parameter in parameters(find(owner, spec['name'], path))
+
+
+def build(owner, spec, *args, path, skip=(), offer=None):
   """Calls the function that `spec['name']` names with `args` and the rest of `spec`, less `skip`.
 
-  A ValueError or TypeError (an unknown dtype) of the function becomes a ConfigError that says where
-  in the config it arose.
+  What stands under `of` is of the same owner and is built first, with the same `args`; where that
+  has parameters (`schedules.Learned`), so has what is made of it. offer: arguments for those
+  functions that take them. A ValueError or TypeError (an unknown dtype) of the function becomes a
+  ConfigError that says where in the config it arose.
   """
   kwargs = {k: v for k, v in spec.items() if k != 'name' and k not in skip}
   function = find(owner, spec['name'], path)
+  kwargs |= {k: v for k, v in (offer or {}).items() if k in parameters(function)}
+  if not isinstance(kwargs.get('of'), dict):
+    return _call(function, args, kwargs, spec['name'], path)
+  of = build(owner, kwargs.pop('of'), *args, path=f'{path}.of')
+  outer = lambda of: _call(function, args, {**kwargs, 'of': of}, spec['name'], path)
+  if hasattr(of, 'bind'):
+    return of._replace(bind=lambda params: outer(of.bind(params)))
+  return outer(of)
+
+
+def _call(function, args, kwargs, name, path):
   try:
     inspect.signature(function).bind(*args, **kwargs)
   except TypeError as error:
-    raise ConfigError(f'{path}: {spec["name"]}: {error}') from error
+    raise ConfigError(f'{path}: {name}: {error}') from error
   try:
     return function(*args, **kwargs)
   except ConfigError:

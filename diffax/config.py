@@ -26,38 +26,69 @@ from diffax.build import ConfigError
 class Slot(NamedTuple):
   """A place where a config names a function.
 
-  path: a pattern for the place. owner: the module or package it is looked up in. given: the
-  parameters the code provides. extra: what else may stand there, with defaults. returns: the type
-  that functions meant for the place say they return.
+  path: a pattern for the place. owner: the module or package it is looked up in. returns: the names
+  of types of which functions meant for the place say that they return one. given: the parameters
+  the code provides, which those functions have. offered: parameters the code provides to a function
+  that has them. extra: what else may stand there, with defaults. also: functions by name that are
+  meant too. closed: only those which need nothing but what is provided.
   """
 
   path: str
   owner: str
-  returns: str = ''
+  returns: tuple = ()
   given: tuple = ()
+  offered: tuple = ()
   extra: dict = {}
+  also: tuple = ()
+  closed: bool = False
 
 
-SAMPLER = dict(steps=50, grid=dict(name='uniform'))
-SAMPLING = dict(sampler=dict(name='dpmpp_2m'), guidance=1.0, interval=(), ema='', seed=0)
+SAMPLER = dict(steps=50, calls=0, grid=dict(name='uniform'))  # calls: network calls, for steps
+SAMPLING = dict(
+  sampler=dict(name='dpmpp_2m'),
+  noise='independent',
+  guidance=1.0,
+  interval=(),
+  guide=dict(name='cfg'),
+  transforms={},  # of what is said, one after the other, by names of one's own
+  ema='',
+  seed=0,
+)
+DRAWN = r'(sample|evals\.\w+)\.'  # the sections that sample
 
+# A place that ends in `(\.of)*` nests: an argument `of` is another function of the same kind.
 SLOTS = (
   Slot(
-    r'data', 'diffax.data.sources', 'Source',
+    r'data', 'diffax.data.sources', ('Source',),
     extra=dict(size=0, flip=False, workers=0, on_error='raise'),
   ),
-  Slot(r'task', 'diffax.tasks', 'Task', ('config', 'source')),
-  Slot(r'schedule', 'diffax.schedules', 'Schedule'),
-  Slot(r'prediction', 'diffax.predictions', 'Prediction', ('schedule',)),
-  Slot(r'loss\.time', 'diffax.times', given=('schedule',)),
-  Slot(r'loss\.weight', 'diffax.losses', 'Callable'),
-  Slot(r'model', 'diffax.models', 'Module'),
+  Slot(r'task', 'diffax.tasks', ('Task',), ('config', 'source')),
+  Slot(r'schedule(\.of)*', 'diffax.schedules', ('Schedule', 'Learned')),
+  Slot(r'prediction(\.of)*', 'diffax.predictions', ('Prediction',), ('schedule',)),
+  Slot(r'loss\.time(\.of)*', 'diffax.times', given=('schedule',)),
+  Slot(
+    r'loss\.weight', 'diffax.losses', ('Callable',), offered=('schedule', 'law'), also=('vlb',)
+  ),
+  Slot(r'loss\.distance', 'diffax.losses', ('Distance',)),
+  Slot(r'loss\.coupling', 'diffax.couplings', ('Callable',)),
+  Slot(r'loss\.draw', 'diffax.times', given=('key', 'count')),
+  Slot(r'model', 'diffax.models', ('Module',)),
   Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0)),
   Slot(r'learning_rate', 'optax.schedules'),
   Slot(r'evals\.\w+', 'diffax.evals', given=('run', 'path'), extra=dict(every=0)),
-  Slot(r'(sample|evals\.\w+)\.sampler', 'diffax.samplers', 'Sampler', extra=SAMPLER),
-  Slot(r'(sample|evals\.\w+)\.sampler\.grid', 'diffax.grids', given=('schedule', 'steps')),
+  Slot(DRAWN + r'sampler', 'diffax.samplers', ('Sampler',), extra=SAMPLER),
+  Slot(DRAWN + r'sampler(\.of)+', 'diffax.samplers', ('Sampler',)),
+  Slot(DRAWN + r'sampler\.grid(\.of)*', 'diffax.grids', given=('schedule', 'steps')),
+  Slot(
+    DRAWN + r'guide', 'diffax.guidance', given=('denoise', 'cond', 'null'),
+    offered=('schedule', 'scale', 'low', 'high'),
+  ),
+  Slot(
+    DRAWN + r'transforms\.\w+', 'diffax.guidance', given=('denoise',), offered=('schedule',),
+    closed=True,
+  ),
 )
+OPEN = r'evals|' + DRAWN + r'transforms'  # where the names are one's own
 
 DEFAULTS = dict(
   seed=0,
@@ -68,7 +99,16 @@ DEFAULTS = dict(
   task=dict(name='generate'),
   schedule=dict(name='linear'),
   prediction=dict(name='velocity'),
-  loss=dict(time=dict(name='uniform'), weight=dict(name='uniform')),
+  loss=dict(
+    time=dict(name='uniform'),
+    weight=dict(name='uniform'),
+    distance=dict(name='squared'),
+    coupling=dict(name='independent'),
+    draw=dict(name='independent'),
+    importance=0,  # bins of times, drawn by the losses met in them; 0 for none
+    perturb=0.0,  # noise added to what the network is shown
+    uncertainty=0,  # channels of a learned weight a noise level; 0 for none
+  ),
   model=dict,
   optimizer=dict(name='adamw'),
   learning_rate=dict(name='constant_schedule', value=1e-4),
@@ -176,7 +216,7 @@ def _complete(values, defaults, path, awaited):
     }
   elif not isinstance(values, dict):
     raise ConfigError(f'{path}={values!r}: give a dict with {", ".join(defaults)}')
-  unknown = [k for k in values if k not in defaults and path != 'evals']  # names of one's own
+  unknown = [k for k in values if k not in defaults and not re.fullmatch(OPEN, path)]
   if unknown:
     where = f'{path}.{unknown[0]}' if path else unknown[0]
     what = f' ({values["name"]} takes no such argument)' if slot and 'name' in values else ''
@@ -184,12 +224,13 @@ def _complete(values, defaults, path, awaited):
   done = {}
   for key in {**defaults, **values}:
     where = f'{path}.{key}' if path else key
-    default = defaults.get(key, {} if path == 'evals' else None)
+    default = defaults.get(key, {} if re.fullmatch(OPEN, path) else None)
     value = values.get(key, default)
     if isinstance(value, type) or value is inspect.Parameter.empty:
       if where in awaited:
         continue
-      raise ConfigError(f'config says no {where!r}, which is needed')
+      choices = f': {build.near("", _choices(_slot(where)))}' if _slot(where) else ''
+      raise ConfigError(f'config says no {where!r}, which is needed{choices}')
     if isinstance(default, dict) or default is dict or _slot(where):
       value = _complete(value, default if isinstance(default, dict) else {}, where, awaited)
     elif key in values:
@@ -199,14 +240,30 @@ def _complete(values, defaults, path, awaited):
   return done
 
 
+def _suits(slot):
+  """Whether a function is meant for the place."""
+
+  def suits(function):
+    said = inspect.get_annotations(function).get('return')
+    known = inspect.signature(function).parameters
+    needed = {k for k, p in known.items() if p.default is inspect.Parameter.empty}
+    return function.__name__ in slot.also or (
+      set(slot.given) <= set(known)
+      and (not slot.returns or getattr(said, '__name__', '') in slot.returns)
+      and (not slot.closed or needed <= {*slot.given, *slot.offered})
+    )
+
+  return suits
+
+
 def _choices(slot):
-  return build.functions(slot.owner, slot.given, slot.returns)
+  return build.functions(slot.owner, _suits(slot))
 
 
 def _parameters(slot, name, path):
   """{name: Parameter} of what a config may say to the function `name`."""
-  function = build.find(slot.owner, name, path, slot.given, slot.returns)
-  return build.parameters(function, slot.given)
+  function = build.find(slot.owner, name, path, _suits(slot))
+  return build.parameters(function, (*slot.given, *slot.offered))
 
 
 def _signature(slot, name, path):
@@ -348,7 +405,10 @@ def read(path):
 
 
 def differences(old, new):
-  """['model.width: 64 -> 96', ...]: how two configs differ in what a run may not change."""
+  """['model.width: 64 -> 96', ...]: how two configs differ in what a run may not change.
+
+  What an old one does not say is as it was before it could be said.
+  """
   flat = lambda tree, path='': (
     {path: tree}
     if not isinstance(tree, dict) or path in FREE
@@ -358,7 +418,7 @@ def differences(old, new):
       for k, v in flat(value, f'{path}.{key}'.strip('.')).items()
     }
   )
-  old, new = flat(old), flat(new)
+  old, new = flat(complete(old)), flat(new)
   return [
     f'{k}: {old.get(k)} -> {new.get(k)}'
     for k in sorted({**old, **new})

@@ -18,7 +18,7 @@ def state_before(run, workdir, step, show=print):
   while state is None and before:
     start = before.pop()
     try:
-      state = checkpoint.read(folder, start, run.like)
+      state = run.like.replace(**checkpoint.read(folder, start, train.branches(run.like)))
     except Exception as error:  # of many kinds
       show(f'checkpoint {start} cannot be read ({type(error).__name__})')
       start = 0

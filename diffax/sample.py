@@ -63,6 +63,15 @@ def drawer(run, settings, path):
     index, label = (jax.lax.with_sharding_constraint(a, batch) for a in (index, label))
     return draw(params, samplers.sample_keys(settings['seed'], index), label)
 
+  try:  # what only a look at the whole can tell, before any of it is compiled
+    number = jax.ShapeDtypeStruct((whole(settings['batch_size']),), jnp.int32)
+    with sharding.using(run.mesh):
+      jax.eval_shape(generate, choose(run.like, settings['ema']), number, number)
+  except ConfigError:
+    raise
+  except (ValueError, TypeError) as error:
+    raise ConfigError(f'config.{path}: {" ".join(str(error).split())}') from error
+
   def samples(state, count):
     """In batches of one size, so of one program; what is drawn beyond `count` is left out."""
     params, parts = choose(state, settings['ema']), []

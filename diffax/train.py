@@ -22,6 +22,7 @@ from diffax import optim
 from diffax import sharding
 from diffax.build import build, ConfigError
 from diffax.data import pipeline
+from diffax.models import layers
 
 IN_FLIGHT = 4  # steps the host may run ahead of the devices
 
@@ -32,7 +33,7 @@ class State:
 
   step: updates made. params: a dict of groups. ema: {decay: params}. opt: the optimizer's.
   sums: metrics summed since the last step that was logged. bad: a loss or gradient was not finite;
-  the state has stood still since.
+  the state has stood still since. extra: what the task carries on beside the parameters.
   """
 
   step: jax.Array
@@ -41,6 +42,7 @@ class State:
   opt: Any
   sums: Any
   bad: jax.Array
+  extra: Any = flax.struct.field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -93,6 +95,7 @@ def setup(config):
     params=place,
     bad=whole,
     sums=jax.tree.map(lambda _: whole, shapes.sums),
+    extra=jax.tree.map(lambda _: whole, shapes.extra),
     ema=sharding.like(shapes.ema, shapes.params, place, mesh),
     opt=sharding.like(shapes.opt, shapes.params, place, mesh),
   )
@@ -108,6 +111,7 @@ def _init(config, task, tx):
     opt=tx.init(params),
     sums={'loss': jnp.zeros(()), 'grad_norm': jnp.zeros(()), 'steps': jnp.zeros(())},
     bad=jnp.zeros((), bool),
+    extra=task.extra(),
   )
 
 
@@ -124,34 +128,39 @@ def example_keys(seed, step, count):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def make_step(loss, tx, rate, config):
+def make_step(loss, tx, rate, config, prepare=None, carry=None):
   """The update `(state, batch) -> (state, metrics)`, a pure function to be jitted.
 
-  metrics: means since the last logged step, the learning rate, and `bad`. Where loss or gradient
-  is not finite, the state stays as it was but for the flag `bad`.
+  loss, prepare, carry: a task's `loss`, `prepare` and `update`. metrics: means since the last
+  logged step, the learning rate, and `bad`. Where loss or gradient is not finite, the state stays
+  as it was but for the flag `bad`.
   """
   count, micro = config['batch_size'], config['accumulate']
 
   def gradient(params, state, batch, keys):
+    """((loss, info), gradient); no info where none is asked for."""
     def total(params):
-      losses, _ = loss(params, state, batch, keys)
-      return losses.sum() / count
+      losses, info = loss(params, state, batch, keys)
+      return losses.sum() / count, info if carry else {}
 
-    return jax.value_and_grad(total)(params)
+    return jax.value_and_grad(total, has_aux=True)(params)
 
-  def accumulate(state, batch, keys):
+  def accumulate(params, state, batch, keys):
     """The same in `micro` passes; strided, so that each device's rows stay where they are."""
     parts = jax.tree.map(
       lambda x: einops.rearrange(x, '(b k) ... -> k b ...', k=micro), (batch, keys)
     )
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, gradient(state.params, state, *part)), None
+      (value, info), grads = gradient(params, state, *part)
+      return jax.tree.map(jnp.add, total, (value, grads)), info
 
-    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-    return jax.lax.scan(add, zero, parts)[0]
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    (value, grads), info = jax.lax.scan(add, zero, parts)
+    info = jax.tree.map(lambda x: einops.rearrange(x, 'k b ... -> (b k) ...'), info)
+    return (value, info), grads
 
-  def update(state, grads, sums, bad):
+  def update(state, grads, sums, extra, bad):
     """The next state; where `bad`, this one."""
     # Averages are taken of the chosen parameters, else XLA keeps one more copy of those.
     choose = lambda new, old: jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
@@ -164,14 +173,15 @@ def make_step(loss, tx, rate, config):
       opt=choose(opt, state.opt),
       sums=choose(sums, state.sums),
       bad=bad,
+      extra=choose(extra, state.extra),
     )
 
   def step(state, batch):
     keys = example_keys(config['seed'], state.step, count)
     batch = {k: v for k, v in batch.items() if k != 'index'}
-    value, grads = (accumulate if micro > 1 else lambda s, b, k: gradient(s.params, s, b, k))(
-      state, batch, keys
-    )
+    batch = _prepared(prepare, state, batch, keys)
+    both = accumulate if micro > 1 else gradient
+    (value, info), grads = both(state.params, state, batch, keys)
     norm = optax.tree.norm(grads)
     bad = state.bad | ~(jnp.isfinite(value) & jnp.isfinite(norm))
     logged = state.step % config['log_every'] == 0
@@ -179,9 +189,18 @@ def make_step(loss, tx, rate, config):
     sums = jax.tree.map(lambda s, x: jnp.where(logged, 0.0, s) + x, state.sums, this)
     metrics = {k: sums[k] / sums['steps'] for k in ('loss', 'grad_norm')}
     metrics |= {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
-    return update(state, grads, sums, bad), metrics
+    extra = carry(state.extra, info) if carry else state.extra
+    return update(state, grads, sums, extra, bad), metrics
 
   return step
+
+
+def _prepared(prepare, state, batch, keys):
+  """The whole batch as the task wants it, each example where it lay."""
+  if not prepare:
+    return batch
+  batch = prepare(state.params, state, batch, keys)
+  return jax.tree.map(lambda x: layers.constrain(x, 'batch', *[None] * (x.ndim - 1)), batch)
 
 
 def compile_step(run):
@@ -189,7 +208,8 @@ def compile_step(run):
   shapes = jax.eval_shape(lambda: _batch_like(run))
   batch = checkpoint.abstract(shapes, jax.tree.map(lambda _: sharding.batch(run.mesh), shapes))
   place = jax.tree.map(lambda x: x.sharding, run.like)
-  step = make_step(run.task.loss, run.tx, run.rate, run.config)
+  task = run.task
+  step = make_step(task.loss, run.tx, run.rate, run.config, task.prepare, task.update)
   with sharding.using(run.mesh):
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
     return jitted.lower(run.like, batch).compile()
@@ -242,6 +262,7 @@ def each_loss(run, state):
 
   def losses(state, batch):
     keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
+    batch = _prepared(run.task.prepare, state, batch, keys)
     return run.task.loss(state.params, state, batch, keys)
 
   with sharding.using(run.mesh):
@@ -276,11 +297,16 @@ def _explain(run, state, workdir):
 # --- the loop -------------------------------------------------------------------------------------
 
 
+def branches(like):
+  """{name: branch} of a state's arrays; without the empty ones, which older checkpoints lack."""
+  return {name: branch for name, branch in vars(like).items() if jax.tree.leaves(branch)}
+
+
 def _begin(run, checkpoints, warm):
   """(step, state, how): from the newest checkpoint here, else another run's weights, else anew."""
-  step, state = checkpoint.restore(checkpoints, run.like)
-  if state is not None:
-    return step, state, f'going on from the checkpoint of step {step}'
+  step, found = checkpoint.restore(checkpoints, branches(run.like))
+  if found is not None:
+    return step, run.like.replace(**found), f'going on from the checkpoint of step {step}'
   state = init(run)
   if warm:
     weights = checkpoint.weights(warm / 'checkpoints', run.like)

@@ -4,11 +4,14 @@ import math
 import re
 
 from etils import epath
+import numpy as np
 import pytest
 import run_diffax
 
 from diffax import build
 from diffax import config as configs
+from diffax import grids
+from diffax import schedules
 from diffax.build import ConfigError
 
 
@@ -88,6 +91,79 @@ def test_dotted_name():
   ]:
     with pytest.raises(ConfigError, match=said):
       run_diffax.config(*overrides)
+
+
+NESTED = ('schedule.name=shift', 'schedule.of.name=shift_snr', 'schedule.of.of.name=cosine')
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_nested(order):
+  """What stands under `of` has a name and parameters of its own, at any depth, in any order."""
+  more = ('schedule.of.factor=0.5', 'schedule.of.of.t_min=0.01', 'schedule.shift=2')
+  config = run_diffax.config(*(*NESTED, *more)[::order])
+  linear = dict(name='shift_snr', factor=0.5, of=dict(name='cosine', t_min=0.01))
+  assert config['schedule'] == dict(name='shift', shift=2.0, of=linear)
+  again = configs.override(config, ['--config.schedule.of.of=vp', '--config.schedule.of=shift'])
+  assert again['schedule']['of'] == dict(
+    name='shift', shift=3.0, of=dict(name='vp', beta_min=0.1, beta_max=20.0, t_min=0.01))
+  assert configs.override(config, ['--config.schedule=linear'])['schedule'] == dict(
+    name='linear', t_min=1e-3)
+
+
+def later(schedule, steps, of):
+  """A grid of a grid, for the tests: without its first time."""
+  del schedule, steps
+  return of[1:]
+
+
+def test_nested_elsewhere():
+  config = run_diffax.config(
+    'prediction.name=learned_range', 'prediction.of=v', 'loss.time.name=shifted',
+    'loss.time.of=log_normal', 'loss.time.of.std=2.', 'sample.sampler.grid=test_config.later',
+    'sample.sampler.grid.of=karras')
+  assert config['prediction'] == dict(name='learned_range', of=dict(name='v'))
+  assert config['loss']['time']['of'] == dict(name='log_normal', mean=-1.2, std=2.0)
+  grid = config['sample']['sampler']['grid']
+  assert grid == dict(name='test_config.later', of=dict(name='karras', rho=7.0))
+  schedule = schedules.linear()
+  found = build.build('diffax.grids', grid, schedule, 5, path='grid')
+  np.testing.assert_array_equal(found, grids.karras(schedule, 5)[1:])
+
+
+@pytest.mark.parametrize('overrides, said', [
+  (['schedule=shift'], "no 'schedule.of', which is needed: allowed: .*cosine.*linear"),
+  (['schedule.name=shift', 'schedule.of=shift'], "no 'schedule.of.of', which is needed"),
+  (['schedule.of=cosine'], 'linear takes no such argument'),
+  ([*NESTED, 'schedule.of.of=cosin'], "schedule.of.of.name='cosin'.*did you mean cosine"),
+  ([*NESTED, 'schedule.of.of.tmin=1.'], 'schedule.of.of.tmin.*did you mean t_min'),
+  ([*NESTED, 'schedule.of.of=v'], 'allowed'),  # a prediction
+  (['prediction=learned_range'], "no 'prediction.of', which is needed: allowed: .*velocity"),
+  (['loss.time=shifted'], "no 'loss.time.of', which is needed: allowed: .*logit_normal"),
+  (['loss.weight=effective_weight'], 'allowed: .*vlb'),
+  (['loss.distance=hubr'], 'did you mean huber'),
+  (['loss.coupling=remember'], 'allowed: independent, offset, optimal_transport, pyramid'),
+  (['loss.draw=uniform'], 'allowed: independent, stratified'),
+  (['sample.guide=compose'], 'allowed: .*cfg_zero.*perturbed'),
+  (['sample.guide=perturbed'], "no 'sample.guide.keep', which is needed"),
+  (['sample.guide.low=1.'], 'low'),  # the interval says it
+  (['sample.transforms.cut=cfg'], 'allowed: dynamic_threshold, threshold, zero_init'),
+  (['sample.transforms.cut=threshold', 'sample.transforms.cut.bond=1.'], 'did you mean bound'),
+])
+def test_wrong_of_a_kind(overrides, said):
+  """What is allowed at a place is said, and no more is."""
+  with pytest.raises(ConfigError, match=said) as error:
+    run_diffax.config(*overrides)
+  assert '\n' not in str(error.value)
+
+
+def test_older_config():
+  """What it could not say yet is as it was then."""
+  config, old = run_diffax.config(), run_diffax.config()
+  for key in ('distance', 'draw', 'importance'):
+    del old['loss'][key]
+  assert configs.differences(old, config) == []
+  assert configs.differences(old, run_diffax.config('loss.draw=stratified')) == [
+    'loss.draw.name: independent -> stratified']
 
 
 @pytest.mark.parametrize('override, said', [

@@ -16,7 +16,9 @@ from diffax import train
 
 STEPS = 20
 # Averages of three steps are logged, checkpoints fall between them: sums are carried over.
-OVERRIDES = ('data.name=run_diffax.digits', 'log_every=3', 'save_every=5', 'model.dropout=0.1')
+# So are the losses that times are drawn by.
+OVERRIDES = ('data.name=run_diffax.digits', 'log_every=3', 'save_every=5', 'model.dropout=0.1',
+             'loss.importance=3', 'loss.draw=stratified')
 ARGUMENTS = (
   f'--config={run_diffax.SMOKE}', *(f'--config.{o}' for o in OVERRIDES))
 MESH = {1: (), 8: ('--config.mesh.data=2', '--config.mesh.fsdp=4')}

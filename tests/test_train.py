@@ -71,6 +71,33 @@ def test_not_finite(loss, bad):
   assert step(after, GOOD)[1]['bad']
 
 
+def test_carried_on():
+  """What a task carries on sees each step's whole batch once, in order, and no bad step's."""
+  def loss(params, state, batch, keys):
+    losses, _ = toy_loss(params, state, batch, keys)
+    return losses + batch['more'], {'seen': batch['label']}
+
+  def prepare(params, state, batch, keys):
+    return {**batch, 'more': state.extra['last'].sum() + jnp.zeros(4)}
+
+  def carry(extra, info):
+    return {'last': info['seen'], 'count': extra['count'] + 1}
+
+  _, state = toy(tx=optax.sgd(0.1))
+  state = state.replace(extra={'last': jnp.zeros(4), 'count': jnp.zeros((), jnp.int32)})
+  for micro in 1, 2:
+    config = dict(seed=0, batch_size=4, accumulate=micro, log_every=1)
+    step = jax.jit(train.make_step(
+      loss, optax.sgd(0.1), lambda step: 0.1, config, prepare, carry))
+    one, _ = step(state, GOOD)
+    np.testing.assert_array_equal(one.extra['last'], GOOD['label'])
+    two, metrics = step(one, batch(0, 0, 0, 0))
+    assert float(metrics['loss']) == pytest.approx(1 + 10)  # w sums to 1 by now
+    bad, _ = step(two, batch(1, jnp.nan, 3, 4))
+    assert bad.bad and int(bad.extra['count']) == 2
+    np.testing.assert_array_equal(bad.extra['last'], np.zeros(4))
+
+
 def test_known_step():
   """Loss, gradient norm, descent and average, by hand."""
   step, state = toy(tx=optax.sgd(0.1), w=(0.0, 0.0))
@@ -191,7 +218,7 @@ def test_factored_optimizer_on_fsdp():
 
 # --- the loop -------------------------------------------------------------------------------------
 
-SHORT = ('steps=6', 'save_every=3', 'log_every=1')
+SHORT = ('steps=6', 'save_every=3', 'log_every=1', 'loss.importance=2')
 
 
 def interrupt(run, path):

@@ -121,7 +121,8 @@ class DiT(nn.Module):
 
   x: [b *space c], any number of space axes. t: [b], about 0 to 1000. cond: dict, `label` int [b].
   keys: [b] for dropout, given in training alone. per_layer: what blocks are given one by one, each
-  with a leading axis `depth` (see `Block`). Returns float32 of x's shape.
+  with a leading axis `depth` (see `Block`). channels: how many to return, 0 for as many as x has.
+  Returns float32 [b *space channels].
   """
 
   patch: int
@@ -133,10 +134,11 @@ class DiT(nn.Module):
   dropout: float
   remat: bool
   dtype: Any
+  channels: int = 0
 
   @nn.compact
   def __call__(self, x, t, cond, *, keys=None, per_layer=None):
-    space, channels = x.shape[1:-1], x.shape[-1]
+    space, channels = x.shape[1:-1], self.channels or x.shape[-1]
     normal = nn.initializers.normal(0.02)
     dense = lambda features, name, init=normal: nn.Dense(
       features, dtype=self.dtype, kernel_init=init, dot_general=layers.flat_dot, name=name

@@ -19,9 +19,16 @@ class Task(NamedTuple):
   sample: (settings, path) -> draw; checks the settings of a config's `sample` section or
     evaluation. draw: (params, keys [b], label int32 [b]) -> images float32 [b h w c] in [-1, 1].
   classes: number of labels, 0 where there are none.
+  prepare: (params, state, batch, keys) -> batch, once a step on the whole batch, before it is split
+    into microbatches; for what examples are drawn together.
+  extra: () -> the first `State.extra`, arrays beside the parameters that a run carries on.
+  update: (extra, info) -> extra, once a step, with the info of the whole batch.
   """
 
   init: Callable[..., Any]
   loss: Callable[..., Any]
   sample: Callable[..., Any]
   classes: int
+  prepare: Callable[..., Any] | None = None
+  extra: Callable[..., Any] = dict
+  update: Callable[..., Any] | None = None

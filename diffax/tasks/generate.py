@@ -1,35 +1,123 @@
-"""Generation: a network learns to denoise, samplers make data of noise; by class or without."""
+"""Generation: a network learns to denoise, samplers make data of noise; by class or without.
 
+Everything of noise and training that a config names is built from the parameters (`Process`), in
+each trace anew: what is learned along with the network, a schedule or the weight of a noise level,
+is then a group of parameters like the network.
+"""
+
+import bisect
 from functools import partial
+from typing import NamedTuple
+from collections.abc import Callable
 
 import einops
 import jax
 import jax.numpy as jnp
 
+from diffax import build as builds
+from diffax import couplings
 from diffax import guidance
 from diffax import losses
+from diffax import noises
 from diffax import predictions
 from diffax import samplers
+from diffax import schedules
+from diffax import times
 from diffax.build import build, ConfigError
+from diffax.config import SAMPLING
+from diffax.models import layers
 from diffax.tasks import Task
 
+TOGETHER, SHOWN, PERTURBED = 4, 5, 6  # what keys are folded with, beside the four they split into
+NOISES = {'independent': noises.independent, 'brownian': noises.brownian}
 
-def generate(config, source, drop_cond=0.1) -> Task:
+
+class Process(NamedTuple):
+  """How data is noised and asked for. law: u -> t; weight: u -> the weighting of those times."""
+
+  schedule: schedules.Schedule
+  prediction: predictions.Prediction
+  law: Callable
+  weight: Callable
+
+
+class Network(NamedTuple):
+  """A network bound to data of one shape [h w c].
+
+  init: key -> its parameters. predict: (params, prediction, x, level, cond, keys=None) -> its raw
+  output. cond holds what the network is told, and for `predict` alone `before` [b h w c], shown
+  behind x, and `keep` [b depth], of each layer.
+  """
+
+  init: Callable
+  predict: Callable
+  shape: tuple
+  classes: int
+
+
+def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
   """Trains on `source` by the config's schedule, prediction, loss and model.
 
   drop_cond: how often the condition is replaced by the null label, for classifier-free guidance
-  (Ho & Salimans 2022, algorithm 1, p_uncond).
+  (Ho & Salimans 2022, algorithm 1, p_uncond). self_condition: how often the network is shown its
+  own estimate (Chen et al. 2022, "Analog Bits", whose rate is 0.5); 0 for a network without.
   """
-  if not 0 <= drop_cond <= 1:
-    raise ConfigError(f'config.task.drop_cond={drop_cond} is outside [0, 1]')
-  schedule = build('diffax.schedules', config['schedule'], path='schedule')
-  prediction = build('diffax.predictions', config['prediction'], schedule, path='prediction')
+  for name, rate in (('drop_cond', drop_cond), ('self_condition', self_condition)):
+    if not 0 <= rate <= 1:
+      raise ConfigError(f'config.task.{name}={rate} is outside [0, 1]')
+  learned, process = _process(config)
+  first = process({name: group.init(jax.random.key(0)) for name, group in learned.items()})
   try:
-    predictions.check(prediction, schedule, config['prediction']['name'])
+    predictions.check(first.prediction, first.schedule, config['prediction']['name'])
   except ValueError as error:
     raise ConfigError(f'config.prediction: {error}') from error
-  law = build('diffax.times', config['loss']['time'], schedule, path='loss.time')
-  weight = build('diffax.losses', config['loss']['weight'], path='loss.weight')
+  network = _network(config, source, first.prediction.outputs, self_condition > 0)
+  bins = config['loss']['importance']
+
+  def init(key):
+    groups = enumerate(learned.items(), 1)
+    rest = {name: group.init(jax.random.fold_in(key, i)) for i, (name, group) in groups}
+    return {'net': network.init(key), **rest}
+
+  def extra():
+    return {'importance': times.importance_init(bins)} if bins else {}
+
+  def update(extra, info):
+    return {'importance': times.importance_update(extra['importance'], info['place'], info['met'])}
+
+  loss = _loss(config, network, learned, process)
+  sample = _sampling(network, process, first, 'schedule' in learned, self_condition > 0)
+  prepare = _prepare(config['loss'], network.shape)
+  return Task(init, loss, sample, network.classes, prepare, extra, update if bins else None)
+
+
+def _process(config):
+  """({group: `Learned`} of what is trained beside the network, params -> `Process`)."""
+  spec, learned = config['loss'], {}
+  for name in ('importance', 'perturb', 'uncertainty'):
+    if spec[name] < 0:
+      raise ConfigError(f'config.loss.{name}={spec[name]} is negative; 0 is none')
+  schedule = build('diffax.schedules', config['schedule'], path='schedule')
+  if isinstance(schedule, schedules.Learned):
+    learned['schedule'] = schedule
+  if spec['uncertainty']:
+    learned['weight'] = losses.uncertainty(spec['uncertainty'])
+  # A weighting that asks for the law divides by its density: it is one for each draw u.
+  of_u = builds.takes('diffax.losses', spec['weight'], 'law', 'loss.weight')
+
+  def process(params):
+    bound = schedule.bind(params['schedule']) if 'schedule' in learned else schedule
+    prediction = build('diffax.predictions', config['prediction'], bound, path='prediction')
+    law = build('diffax.times', spec['time'], bound, path='loss.time')
+    offer = dict(schedule=bound, law=law)
+    weight = build('diffax.losses', spec['weight'], path='loss.weight', offer=offer)
+    return Process(bound, prediction, law, weight if of_u else lambda u: weight)
+
+  return learned, process
+
+
+def _network(config, source, outputs, shows_before):
+  """The config's model as a `Network` with `outputs` channels for each of the data's."""
   model = build('diffax.models', config['model'], path='model')
   classes = config['model'].get('classes', 0)
   if classes not in (0, source.classes):
@@ -43,54 +131,214 @@ def generate(config, source, drop_cond=0.1) -> Task:
     raise ConfigError(
       f'data {config["data"]["name"]!r} has images of several sizes: say --config.data.size=N'
     )
-
-  def predict(params, x, level, cond, keys=None):
-    """The network's raw output; it is told its input and time in the prediction's convention."""
-    times = jnp.broadcast_to(prediction.clock(level), (len(x), *[1] * (x.ndim - 1)))
-    times = einops.rearrange(times, 'b ' + '1 ' * (x.ndim - 1) + '-> b')
-    return model.apply(
-      {'params': params['net']}, prediction.c_in(level) * x, times, cond, keys=keys
-    )
+  if outputs > 1 or shows_before:
+    if not hasattr(model, 'channels'):
+      raise ConfigError(
+        f'config.model.name={config["model"]["name"]!r} returns as many channels as it is shown: a '
+        'learned variance and self-conditioning need one with a field `channels`, as dit'
+      )
+    model = model.clone(channels=outputs * shape[-1])
 
   def init(key):
     cond = {'label': jnp.zeros(1, jnp.int32)} if classes else {}
-    return {'net': model.init(key, jnp.zeros((1, *shape)), jnp.zeros(1), cond)['params']}
+    x = jnp.zeros((1, *shape[:-1], shape[-1] * (1 + shows_before)))
+    return model.init(key, x, jnp.zeros(1), cond)['params']
+
+  def predict(params, prediction, x, level, cond, keys=None):
+    """It is told its input and time in the prediction's convention."""
+    told = jnp.broadcast_to(prediction.clock(level), (len(x), *[1] * (x.ndim - 1)))
+    told = einops.rearrange(told, 'b ' + '1 ' * (x.ndim - 1) + '-> b')
+    shown, more = prediction.c_in(level) * x, {}
+    if 'before' in cond:
+      shown = jnp.concatenate([shown, cond['before']], axis=-1)
+    if 'keep' in cond:
+      depth, said = getattr(model, 'depth', None), cond['keep'].shape[1]
+      if depth not in (None, said):
+        raise ValueError(f'keep has {said} numbers, and the model {depth} layers: give one to each')
+      more['per_layer'] = {'keep': einops.rearrange(cond['keep'], 'b depth -> depth b')}
+    cond = {k: v for k, v in cond.items() if k not in ('before', 'keep')}
+    return model.apply({'params': params['net']}, shown, told, cond, keys=keys, **more)
+
+  return Network(init, predict, shape, classes)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _split(keys):
+  return jax.vmap(partial(jax.random.split, num=4))(keys)  # [b 4]: time, noise, condition, network
+
+
+def _prepare(spec, shape):
+  """The task's `prepare`: what a batch draws together; None where each example draws alone."""
+  coupling = build('diffax.couplings', spec['coupling'], path='loss.coupling')
+  draws = spec['draw']['name'] != 'independent'
+  couples = spec['coupling']['name'] != 'independent'
+
+  def prepare(params, state, batch, keys):
+    del params, state
+    if draws:
+      key = jax.random.fold_in(keys[0], TOGETHER)
+      batch |= {'u': build('diffax.times', spec['draw'], key, len(keys), path='loss.draw')}
+    if couples:  # in one piece, for examples are compared
+      x0 = layers.constrain(batch['image'], *[None] * batch['image'].ndim)
+      eps = samplers.normal(_split(keys)[:, 1], shape)
+      batch |= {'eps': coupling(noises.fold(keys, TOGETHER), x0, layers.constrain(
+        eps, *[None] * eps.ndim))}
+    return batch
+
+  return prepare if draws or couples else None
+
+
+def _loss(config, network, learned, process):
+  """The task's `loss`."""
+  spec, task, classes = config['loss'], config['task'], network.classes
+  distance = build('diffax.losses', spec['distance'], path='loss.distance')
+
+  def shown(params, prediction, cond, keys, network_keys):
+    """(x, level) -> raw output, with what training shows the network beside x."""
+    def ask(x, level, **more):
+      return network.predict(params, prediction, x, level, {**cond, **more}, network_keys)
+
+    if task['self_condition']:
+      told = lambda x, level, before, ask=ask: ask(x, level, before=before)
+      rate = task['self_condition']
+      ask = couplings.self_condition(told, prediction, noises.fold(keys, SHOWN), rate)
+    if spec['perturb']:
+      ask = couplings.perturb(ask, noises.fold(keys, PERTURBED), spec['perturb'])
+    return ask
 
   def loss(params, state, batch, keys):
-    del state
-    k = jax.vmap(partial(jax.random.split, num=4))(keys)  # [b 4]: time, noise, condition, network
-    t = law(jax.vmap(jax.random.uniform)(k[:, 0]))
-    eps = samplers.normal(k[:, 1], shape)
-    cond = {}
+    p, k = process(params), _split(keys)
+    u = batch['u'] if 'u' in batch else jax.vmap(jax.random.uniform)(k[:, 0])
+    eps = batch['eps'] if 'eps' in batch else samplers.normal(k[:, 1], network.shape)
+    if spec['importance']:
+      u, share = times.importance_law(state.extra['importance'])(u)
+    t, cond = p.law(u), {}
     if classes:
-      dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop_cond))(k[:, 2])
+      dropped = jax.vmap(lambda key: jax.random.bernoulli(key, task['drop_cond']))(k[:, 2])
       cond = {'label': jnp.where(dropped, classes, batch['label'])}
-    bound = lambda x, level: predict(params, x, level, cond, k[:, 3])
-    each = losses.diffusion_loss(bound, schedule, prediction, weight, batch['image'], eps, t)
-    return each, {'t': t, 'noise': schedule(t).nsr}
+    ask = shown(params, p.prediction, cond, keys, k[:, 3])
+    each = losses.diffusion_loss(
+      ask, p.schedule, p.prediction, p.weight(u), batch['image'], eps, t, distance)
+    level = p.schedule(t)
+    info = {'t': t, 'noise': level.nsr}
+    if spec['importance']:
+      info |= {'place': u, 'met': each}
+    if 'weight' in learned:
+      each = learned['weight'].bind(params['weight'])(each, level)
+    return each * share if spec['importance'] else each, info
+
+  return loss
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def _sampling(network, process, first, learned, remembers):
+  """The task's `sample`. first: the `Process` to check by; learned: whether its schedule is."""
 
   def sample(settings, path):
-    spec = settings['sampler']
-    if spec['steps'] < 1:
-      raise ConfigError(f'config.{path}.sampler.steps={spec["steps"]} is less than 1')
-    sampler = build('diffax.samplers', spec, path=f'{path}.sampler', skip=('steps', 'grid'))
-    ts = build('diffax.grids', spec['grid'], schedule, spec['steps'], path=f'{path}.sampler.grid')
-    scale, (low, high) = settings['guidance'], settings['interval'] or (0.0, jnp.inf)
-    if scale != 1 and not classes:
+    settings = {**SAMPLING, **settings}
+    sampler, grid = _walk(settings['sampler'], first.schedule, f'{path}.sampler')
+    ts = grid(first.schedule)
+    guide = _guide(settings, path, network.classes)
+    if settings['noise'] not in NOISES:
       raise ConfigError(
-        f'config.{path}.guidance={scale}: this model takes no condition; only 1 is allowed'
-      )
+        f'config.{path}.noise={settings["noise"]!r}; {builds.near(settings["noise"], NOISES)}')
 
     def draw(params, keys, label):
-      def denoise(x, level, cond):
-        return predictions.solve(prediction, predict(params, x, level, cond), x, level)
+      p = process(params)
 
-      cond = {'label': label} if classes else {}
-      null = {'label': jnp.full_like(label, classes)} if classes else {}
-      guided = guidance.cfg(denoise, cond, null, scale, low, high)
-      x = samplers.initial(schedule, ts, keys, shape)
-      return samplers.sample(sampler, guided, sampler.plan(schedule, ts), x, keys)
+      def denoise(x, level, cond):
+        out = network.predict(params, p.prediction, x, level, cond)
+        return predictions.solve(p.prediction, out, x, level)
+
+      cond = {'label': label} if network.classes else {}
+      null = {'label': jnp.full_like(label, network.classes)} if network.classes else {}
+      bound = partial(guide, denoise, p.schedule)
+      guided = _remembering(bound, cond, null, path) if remembers else bound(cond, null)
+      times = grid(p.schedule) if learned else ts
+      x = samplers.initial(p.schedule, times, keys, network.shape)
+      rows = sampler.plan(p.schedule, times)
+      return samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
 
     return draw
 
-  return Task(init, loss, sample, classes)
+  return sample
+
+
+def _walk(spec, schedule, path):
+  """(sampler, schedule -> times) of a config's `sampler`. Raises ConfigError."""
+  sampler = build('diffax.samplers', spec, path=path, skip=('steps', 'calls', 'grid'))
+  steps, calls = spec['steps'], spec['calls']
+  if steps < 1 or calls < 0:
+    name, least = ('steps', 1) if steps < 1 else ('calls', 0)
+    raise ConfigError(f'config.{path}.{name}={spec[name]} is less than {least}')
+
+  def grid(schedule, steps):
+    return build('diffax.grids', spec['grid'], schedule, steps, path=f'{path}.grid')
+
+  def count(steps):
+    try:
+      rows = jax.eval_shape(lambda: sampler.plan(schedule, grid(schedule, steps)))
+    except ConfigError:  # so few or so many steps the grid does not make
+      return 0
+    return rows['level'].t.shape[0]
+
+  if calls:  # more steps make more calls, and none makes less than one
+    steps = bisect.bisect_left(range(calls + 1), calls, lo=1, key=count)
+    near = {n: count(n) for n in (steps - 1, steps) if n and count(n)}
+    if not near:
+      grid(schedule, calls)  # which says why
+    if calls not in near.values():
+      made = ' or '.join(f'{made} (steps={n})' for n, made in near.items())
+      raise ConfigError(
+        f'config.{path}.calls={calls}: no number of steps of {spec["name"]} makes that many; the '
+        f'nearest is {made}'
+      )
+  return sampler, lambda schedule: grid(schedule, steps)
+
+
+def _guide(settings, path, classes):
+  """(denoise, schedule, cond, null) -> denoiser, of the settings' guidance and transforms."""
+  scale, bounds, spec = settings['guidance'], settings['interval'], settings['guide']
+  if len(bounds) not in (0, 2):
+    raise ConfigError(f'config.{path}.interval={bounds}: say (low, high), levels sigma / alpha')
+  if scale != 1 and not classes:
+    raise ConfigError(
+      f'config.{path}.guidance={scale}: this model takes no condition; only 1 is allowed'
+    )
+  scaled = builds.takes('diffax.guidance', spec, 'scale', f'{path}.guide')
+  if not scaled and (scale != 1 or bounds):
+    raise ConfigError(
+      f'config.{path}.guidance={scale}, interval={bounds}: {spec["name"]} takes neither but scales '
+      f'of its own; leave them at 1.0 and () and set those in {path}.guide'
+    )
+  if bounds and scale != 1:
+    scale = guidance.limited(scale, *bounds)
+
+  def guide(denoise, schedule, cond, null):
+    offer = dict(denoise=denoise, schedule=schedule, cond=cond, null=null, scale=scale)
+    made = build('diffax.guidance', spec, path=f'{path}.guide', offer=offer)
+    for name, more in settings['transforms'].items():
+      offer = dict(denoise=made, schedule=schedule)
+      made = build('diffax.guidance', more, path=f'{path}.transforms.{name}', offer=offer)
+    return made
+
+  return guide
+
+
+def _remembering(guide, cond, null, path):
+  """The guided denoiser of a self-conditioned network, whose branches see one estimate before."""
+
+  def denoise(x, level, before):
+    made = guide({**cond, 'before': before}, {**null, 'before': before})
+    if isinstance(made, samplers.Denoiser):
+      raise ConfigError(
+        f'config.{path}.guide: this guidance remembers, and a self-conditioned network does '
+        'already: choose another, as cfg'
+      )
+    return made(x, level)
+
+  return couplings.remember(denoise)
