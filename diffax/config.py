@@ -29,8 +29,8 @@ class Slot(NamedTuple):
   path: a pattern for the place. owner: the module or package it is looked up in. returns: the names
   of types of which functions meant for the place say that they return one. given: the parameters
   the code provides, which those functions have. offered: parameters the code provides to a function
-  that has them. extra: what else may stand there, with defaults. also: functions by name that are
-  meant too. closed: only those which need nothing but what is provided.
+  that has them. extra: what else may stand there, with defaults. closed: only those which need
+  nothing but what is provided.
   """
 
   path: str
@@ -39,7 +39,6 @@ class Slot(NamedTuple):
   given: tuple = ()
   offered: tuple = ()
   extra: dict = {}
-  also: tuple = ()
   closed: bool = False
 
 
@@ -54,6 +53,7 @@ SAMPLING = dict(
   ema='',
   seed=0,
 )
+SHOWN = dict(batch_size=64, labels='balanced', **SAMPLING)  # settings of a section that samples
 DRAWN = r'(sample|evals\.\w+)\.'  # the sections that sample
 
 # A place that ends in `(\.of)*` nests: an argument `of` is another function of the same kind.
@@ -67,7 +67,7 @@ SLOTS = (
   Slot(r'prediction(\.of)*', 'diffax.predictions', ('Prediction',), ('schedule',)),
   Slot(r'loss\.time(\.of)*', 'diffax.times', given=('schedule',)),
   Slot(
-    r'loss\.weight', 'diffax.losses', ('Callable',), offered=('schedule', 'law'), also=('vlb',)
+    r'loss\.weight', 'diffax.losses', ('Callable',), offered=('schedule', 'law')
   ),
   Slot(r'loss\.distance', 'diffax.losses', ('Distance',)),
   Slot(r'loss\.coupling', 'diffax.couplings', ('Callable',)),
@@ -119,7 +119,7 @@ DEFAULTS = dict(
   save_every=1000,
   keep=dict(last=3, every=0),  # checkpoints: the newest ones, and those at multiples of `every`
   evals={},
-  sample=dict(count=64, batch_size=64, labels='balanced', **SAMPLING),
+  sample=dict(count=64, **SHOWN),
 )
 
 # What a run may change and still be the same run: the rest decides the numbers it computes.
@@ -247,7 +247,7 @@ def _suits(slot):
     said = inspect.get_annotations(function).get('return')
     known = inspect.signature(function).parameters
     needed = {k for k, p in known.items() if p.default is inspect.Parameter.empty}
-    return function.__name__ in slot.also or (
+    return (
       set(slot.given) <= set(known)
       and (not slot.returns or getattr(said, '__name__', '') in slot.returns)
       and (not slot.closed or needed <= {*slot.given, *slot.offered})
@@ -263,7 +263,12 @@ def _choices(slot):
 def _parameters(slot, name, path):
   """{name: Parameter} of what a config may say to the function `name`."""
   function = build.find(slot.owner, name, path, _suits(slot))
-  return build.parameters(function, (*slot.given, *slot.offered))
+  known = build.parameters(function, (*slot.given, *slot.offered))
+  kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+  if slot.owner == 'diffax.evals' and inspect.Parameter.VAR_KEYWORD in kinds:
+    only = inspect.Parameter.KEYWORD_ONLY  # an evaluation with **settings samples by them
+    known = {k: inspect.Parameter(k, only, default=v) for k, v in SHOWN.items()} | known
+  return known
 
 
 def _signature(slot, name, path):

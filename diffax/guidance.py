@@ -254,22 +254,25 @@ def compose(denoise, conds, null, weights):
   return guide(denoise, conds[0], [*conds[1:], null], [*rest, scale(sum)])
 
 
-def perturbed(denoise, cond, null, keep, scales):
+def perturbed(denoise, cond, null, keep, scales, flag='keep'):
   """Away from the null condition, and from the same network with layers switched off; one batch.
 
-  Ahn et al. 2024, "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", and, with
-  whole layers, the skip-layer guidance of Stable Diffusion 3.5. The condition carries the
-  perturbation: cond['keep'] [b depth], 1 keeps what a layer adds, 0 skips it. keep: [depth] of the
-  perturbed branch. scales: of the null branch and of the perturbed one; 1 leaves a branch out.
-  Raises ValueError for a `keep` of another shape.
+  flag: 'attend' puts the identity in place of attention (Ahn et al. 2024, "Self-Rectifying
+  Diffusion Sampling with Perturbed-Attention Guidance"), 'keep' skips whole layers (skip-layer
+  guidance, Stable Diffusion 3.5). keep: [depth], 0 for the layers of the perturbed branch that are
+  switched off, 1 for the others; the network is told cond[flag] [b depth]. scales: of the null
+  branch and of the perturbed one; 1 leaves a branch out. Raises ValueError for a `keep` of another
+  shape or another flag.
   """
+  if flag not in ('keep', 'attend'):
+    raise ValueError(f"flag={flag!r} is neither 'keep' (skip layers) nor 'attend' (attention)")
   keep = jnp.asarray(keep, jnp.float32)
   if keep.ndim != 1:
     raise ValueError(f'keep of shape {keep.shape}: give one number a layer, of shape (depth,)')
   def guided(x, level):
     weak = jnp.broadcast_to(keep, (len(x), len(keep)))
-    whole = lambda cond: {**cond, 'keep': jnp.ones_like(weak)}
-    others = [whole(null), {**cond, 'keep': weak}]
+    whole = lambda cond: {**cond, flag: jnp.ones_like(weak)}
+    others = [whole(null), {**cond, flag: weak}]
     return guide(denoise, whole(cond), others, scales)(x, level)
   return guided
 
@@ -294,8 +297,11 @@ def cfg_pp(denoise, cond, null, scale):
 
   Chung et al. 2024, "CFG++: Manifold-constrained Classifier Free Guidance", algorithm 2. At scale 0
   the null condition alone, at 1 not the condition alone: the noise is the null's still. For
-  samplers that go on from x0 and eps as said; the paper's step is `samplers.ddim`.
+  samplers that go on from x0 and eps as said; the paper's step is `samplers.ddim`. Raises
+  ValueError for a number outside [0, 1].
   """
+  if isinstance(scale, (int, float)) and not 0 <= scale <= 1:
+    raise ValueError(f'cfg_pp: scale={scale} is outside [0, 1]; about a tenth of a scale of cfg does')
   def guided(x, level):
     said = _branches(denoise, [cond, null], x, level)
     good, bad = wide(said)

@@ -225,7 +225,7 @@ def multiscale(smallest=32) -> Distance:
 # --- bounds on the likelihood ---------------------------------------------------------------------
 
 
-def vlb(schedule, law):
+def vlb(schedule, law) -> Callable[[Array], Weighting]:
   """The continuous-time bound, -1/2 d(SNR)/dt |x0 error|^2 over the law's density of t.
 
   Returns `u -> Weighting` for the numbers u [b] that the times law(u) are of: under it the mean of

@@ -297,6 +297,19 @@ def test_keep_and_add(params, plain):
     np.testing.assert_allclose(np.delete(out, 2, 0), np.delete(plain, 2, 0), atol=1e-5)
 
 
+def test_attend(params, plain):
+  """Without attention each token is alone: what one patch holds changes no other patch."""
+  x, *rest = examples()
+  attend = jnp.ones((DEPTH, BATCH)).at[:, 3].set(0)
+  told = lambda x, attend: run(network(), params, x, *rest, per_layer={'attend': attend})
+  assert_close(told(x, jnp.ones(DEPTH)), plain)
+  out, moved = (told(x, attend) for x in (x, x.at[:, 0, 0].add(1.)))
+  np.testing.assert_allclose(np.delete(out, 3, 0), np.delete(plain, 3, 0), atol=1e-5)
+  apart = np.abs(np.asarray(moved - out)).max(-1)
+  patch = apart[3, 0, 0]
+  assert patch > 1e-3 and apart[3, -1, -1] < 1e-6 < apart[2, -1, -1]
+
+
 def test_keep_an_example(params, plain):
   args = examples()
   keep = jnp.ones((DEPTH, BATCH)).at[:, 3].set(0)

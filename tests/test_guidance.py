@@ -228,25 +228,33 @@ def test_lengths_must_agree():
     guidance.guide(exact, COND, [NULL], [1., 2.])
   with pytest.raises(ValueError, match=r'keep of shape \(4, 3\)'):
     guidance.perturbed(exact, COND, NULL, jnp.ones((4, 3)), [1., 2.])
+  with pytest.raises(ValueError, match='neither'):
+    guidance.perturbed(exact, COND, NULL, jnp.ones(3), [1., 2.], 'layers')
+  with pytest.raises(ValueError, match='outside'):
+    guidance.cfg_pp(exact, COND, NULL, 7.5)
 
 
 LAYERS = jnp.array([[0.3, 0.], [0., -0.5], [0.2, 0.2]])  # what each adds to the mean
 
 
 class Layered(Counted):
-  """A network of three layers, each of which cond['keep'] [b 3] keeps or skips."""
+  """A network of three layers, each of which cond[flag] [b 3] keeps or skips."""
+
+  def __init__(self, flag):
+    super().__init__()
+    self.flag = flag
 
   def __call__(self, x, level, cond):
-    return super().__call__(x, level, {'mean': cond['mean'] + cond['keep'] @ LAYERS})
+    return super().__call__(x, level, {'mean': cond['mean'] + cond[self.flag] @ LAYERS})
 
 
-@pytest.mark.parametrize('scale', [1., 3.])
-def test_perturbed(scale):
+@pytest.mark.parametrize('scale, flag', [(1., 'keep'), (3., 'keep'), (1., 'attend')])
+def test_perturbed(scale, flag):
   """Null and skipped layers in one batch; outside its interval the perturbed branch is left out."""
   keep, low, high = jnp.array([1., 0., 1.]), 0.5, 2.
-  network = Layered()
+  network = Layered(flag)
   denoise = fast(guidance.perturbed(
-      network, COND, NULL, keep, [scale, guidance.limited(4., low, high)]))
+      network, COND, NULL, keep, [scale, guidance.limited(4., low, high)], flag))
   whole = COND['mean'] + LAYERS.sum(0)[None]
   for t, inside in [(0.2, False), (0.5, True), (0.9, False)]:
     network.batches = []

@@ -4,29 +4,8 @@ from diffax import images
 from diffax import sample
 
 
-def grid(
-  run,
-  path,
-  sampler: dict,
-  rows=10,
-  columns=10,
-  guidance=1.0,
-  interval=(),
-  ema='',
-  labels='balanced',
-  seed=0,
-  batch_size=100,
-):
-  """One picture of rows x columns samples; settings as in a config's `sample` section."""
-  settings = dict(
-    sampler=sampler,
-    guidance=guidance,
-    interval=interval,
-    ema=ema,
-    labels=labels,
-    seed=seed,
-    batch_size=batch_size,
-  )
+def grid(run, path, rows=10, columns=10, **settings):
+  """One picture of rows x columns samples; settings: those of a config's `sample` section."""
   draw = sample.drawer(run, settings, path)
 
   def evaluate(state):

@@ -72,7 +72,8 @@ class Block(nn.Module):
 
   x: tokens [b n d]. c: condition [b d]. layer: what this layer alone is given, all optional:
   `keys` [b] for dropout, `add` [b n d] added to its output (control signals), `keep` scalar or [b]
-  that scales what the block adds to x (0 skips it).
+  that scales what the block adds to x (0 skips it), `attend` alike, 0 for the identity in place of
+  attention.
   """
 
   heads: int
@@ -105,7 +106,11 @@ class Block(nn.Module):
       einops.rearrange(dense(d, name)(y), 'b n (k d) -> b n k d', k=self.heads)
       for name in ('query', 'key', 'value')
     )
-    y = einops.rearrange(layers.attention(q, k, v), 'b n k d -> b n (k d)')
+    y = layers.attention(q, k, v)
+    if 'attend' in layer:
+      attend = jnp.reshape(layer['attend'], (-1, 1, 1, 1)).astype(y.dtype)
+      y = attend * y + (1 - attend) * v
+    y = einops.rearrange(y, 'b n k d -> b n (k d)')
     x += branch(dense(d, 'out')(y), gate_a, 0)
 
     y = modulate(norm(x), shift_m, scale_m)

@@ -46,7 +46,7 @@ class Network(NamedTuple):
 
   init: key -> its parameters. predict: (params, prediction, x, level, cond, keys=None) -> its raw
   output. cond holds what the network is told, and for `predict` alone `before` [b h w c], shown
-  behind x, and `keep` [b depth], of each layer.
+  behind x, and `keep` or `attend` [b depth], of each layer (see `guidance.perturbed`).
   """
 
   init: Callable
@@ -151,12 +151,15 @@ def _network(config, source, outputs, shows_before):
     shown, more = prediction.c_in(level) * x, {}
     if 'before' in cond:
       shown = jnp.concatenate([shown, cond['before']], axis=-1)
-    if 'keep' in cond:
-      depth, said = getattr(model, 'depth', None), cond['keep'].shape[1]
+    flags = {k: cond[k] for k in ('keep', 'attend') if k in cond}
+    for name, flag in flags.items():
+      depth, said = getattr(model, 'depth', None), flag.shape[1]
       if depth not in (None, said):
         raise ValueError(f'keep has {said} numbers, and the model {depth} layers: give one to each')
-      more['per_layer'] = {'keep': einops.rearrange(cond['keep'], 'b depth -> depth b')}
-    cond = {k: v for k, v in cond.items() if k not in ('before', 'keep')}
+      flags[name] = einops.rearrange(flag, 'b depth -> depth b')
+    if flags:
+      more['per_layer'] = flags
+    cond = {k: v for k, v in cond.items() if k not in ('before', *flags)}
     return model.apply({'params': params['net']}, shown, told, cond, keys=keys, **more)
 
   return Network(init, predict, shape, classes)
@@ -315,6 +318,9 @@ def _guide(settings, path, classes):
       f'config.{path}.guidance={scale}, interval={bounds}: {spec["name"]} takes neither but scales '
       f'of its own; leave them at 1.0 and () and set those in {path}.guide'
     )
+  if bounds and spec['name'] == 'cfg_pp':
+    raise ConfigError(
+      f'config.{path}.interval={bounds}: no scale of cfg_pp is no guidance; leave it at ()')
   if bounds and scale != 1:
     scale = guidance.limited(scale, *bounds)
 
