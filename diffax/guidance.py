@@ -301,7 +301,7 @@ def cfg_pp(denoise, cond, null, scale):
   ValueError for a number outside [0, 1].
   """
   if isinstance(scale, (int, float)) and not 0 <= scale <= 1:
-    raise ValueError(f'cfg_pp: scale={scale} is outside [0, 1]; about a tenth of a scale of cfg does')
+    raise ValueError(f'cfg_pp: scale={scale} is outside [0, 1]; a tenth of a scale of cfg is right')
   def guided(x, level):
     said = _branches(denoise, [cond, null], x, level)
     good, bad = wide(said)
