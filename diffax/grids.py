@@ -56,7 +56,10 @@ def _close(schedule, t):
 
 
 def uniform(schedule, steps):
-  """Equal steps in t, t_max down to 0; the last time asked is t_min at least."""
+  """Equal steps in t, t_max down to 0; the last time asked is t_min at least.
+
+  Ho et al. 2020, algorithm 2, in continuous time.
+  """
   return _in_time(schedule, steps, lambda t: t, lambda y: y)
 
 

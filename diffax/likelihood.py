@@ -114,8 +114,8 @@ def ode_log_likelihood(denoise, schedule, x, ts, keys, trace: Trace,
   denoise: (x, level) -> x0 or Estimate, levels [b 1 ...]; that of one example asks that of no
   other. x: data [b ...]; ts: a grid of `grids.py`, which is walked from data to noise; keys: [b]
   (`samplers.sample_keys`). The k columns are the trace's estimates, each of a whole flow with the
-  same probe: of `mean_and_error` over them. A step takes 6 calls, and the trace's derivatives
-  with them.
+  same probe: of `mean_and_error` over them. A step takes 6 calls, and the trace's derivatives with
+  them. Song et al. 2021, eq. 39.
   """
   state, field, finish = _flow(denoise, schedule, x, keys, trace)
   phi = solvers.angle(schedule(grids.reverse(schedule, ts))).astype(state[0].dtype)
@@ -126,7 +126,7 @@ def adaptive_log_likelihood(denoise, schedule, x, keys, trace: Trace, **control)
   """log p(x) in nats, [b k], as `ode_log_likelihood`, by steps that a tolerance allows.
 
   control: rtol, atol, max_steps, tableau of `solvers.adaptive`; each example has steps of its own.
-  Where max_steps do not do, NaN.
+  Where max_steps do not do, NaN. Song et al. 2021, appendix D.2.
   """
   state, field, finish = _flow(denoise, schedule, x, keys, trace)
   ends = solvers.angle(schedule(jnp.array([schedule.t_min, schedule.t_max]))).astype(state[0].dtype)
@@ -294,7 +294,10 @@ def dequantise(images, keys):
 
 
 def bits_per_dim(nats, x):
-  """-log p in nats, of data x [b ...], as bits a value of an example."""
+  """-log p in nats, of data x [b ...], as bits a value of an example.
+
+  Theis et al. 2016, "A Note on the Evaluation of Generative Models", sec. 3.1.
+  """
   return nats / (x[0].size * math.log(2))
 
 

@@ -47,7 +47,10 @@ def uniform() -> Weighting:
 
 
 def from_x0(weight):
-  """The weighting that counts the squared error in x0 by `weight(level)`."""
+  """The weighting that counts the squared error in x0 by `weight(level)`.
+
+  Salimans & Ho 2022, sec. 4, relates these weights.
+  """
   def weigh(prediction, level):
     return weight(level) * (level.sigma / predictions.det(prediction, level))**2
   return weigh
@@ -319,7 +322,8 @@ def vlb_term(said, x0, x, t, s, bins=256):
 def prior_term(x0, level):
   """KL(q(x_T | x0) || N(0, sigma_T^2)), [b] in nats a value: what is left of the data at the end.
 
-  level: of t_max. The prior is what sampling begins from (`schedules.start`).
+  level: of t_max. The prior is what sampling begins from (`schedules.start`). L_T of Ho et al.
+  2020, eq. 5.
   """
   logvar = 2 * jnp.log(level.sigma)
   kl = normal_kl(level.alpha * x0, logvar, 0., logvar)

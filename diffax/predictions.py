@@ -140,7 +140,10 @@ def learned_range(schedule, of: Prediction) -> Prediction:
 
 
 def det(prediction, level):
-  """alpha b - sigma a: a squared error of the target is (det / sigma)^2 times that of x0."""
+  """alpha b - sigma a: a squared error of the target is (det / sigma)^2 times that of x0.
+
+  Salimans & Ho 2022, sec. 4, for the weights it stands for.
+  """
   a, b = prediction.row(level)
   return level.alpha * b - level.sigma * a
 
@@ -191,7 +194,7 @@ def solve(prediction, out, x, level):
 def convert(prediction, other, out, x, level):
   """What a network of the prediction `other` would have said where one of `prediction` said `out`.
 
-  Without the fraction of a learned variance.
+  Without the fraction of a learned variance. Salimans & Ho 2022, appendix D, has the cases of v.
   """
   told = solve(prediction, out, x, level)
   return target(other, told.x0, told.eps, level)

@@ -275,7 +275,8 @@ def alphas_cumprod(table) -> Schedule:
 def betas(table) -> Schedule:
   """Any table of DDPM's betas, the variances added a step; see `alphas_cumprod`.
 
-  Raises ValueError for a beta outside of 0 < beta <= 1, or 1 before the last.
+  Raises ValueError for a beta outside of 0 < beta <= 1, or 1 before the last. Ho et al. 2020, eq.
+  4.
   """
   table = np.asarray(table, np.float64)
   listed = table.ndim == 1 and table.size and (table > 0).all()
@@ -416,7 +417,8 @@ def shift_tokens(of: Schedule, tokens=4096, low=(256, 0.5), high=(4096, 1.15)) -
 def truncate(of: Schedule, t_min, t_max) -> Schedule:
   """The same schedule, in which a network is trained and asked within [t_min, t_max] alone.
 
-  Raises ValueError unless 0 < t_min < t_max <= the t_max of `of`.
+  Raises ValueError unless 0 < t_min < t_max <= the t_max of `of`. Song et al. 2021, appendix C, for
+  why: the score grows without bound at data.
   """
   if not 0 < t_min < t_max <= of.t_max:
     raise ValueError(f'truncate(t_min={t_min}, t_max={t_max}): 0 < t_min < t_max <= {of.t_max:g}')
@@ -454,7 +456,10 @@ def _preserving(t, signal, noise):
 
 
 def rates(schedule, t):
-  """d(alpha)/dt and d(sigma)/dt at `t`, of its shape, by forward differentiation."""
+  """d(alpha)/dt and d(sigma)/dt at `t`, of its shape, by forward differentiation.
+
+  The conditional velocity of Lipman et al. 2022, eq. 15, is made of them.
+  """
   _, d = jax.jvp(schedule, (t,), (jnp.ones_like(t),))
   return d.alpha, d.sigma
 
@@ -465,7 +470,7 @@ def inverse(schedule, lam, steps=60):
   By bisection, for lambda only falls, then two Newton steps from there, which leave the value and
   give it its first derivative and its second, in `lam` and in what the schedule closes over (a
   learned schedule's parameters). A `lam` outside the schedule's range gives the end of the range,
-  which does not move with it.
+  which does not move with it. The t_lambda of Lu et al. 2022, "DPM-Solver", sec. 3.2.
   """
   def halve(_, bounds):
     low, high = bounds
@@ -488,6 +493,7 @@ def inverse(schedule, lam, steps=60):
 def start(schedule, t, noise):
   """x at time `t` where nothing of the data is left: noise scaled to the level's sigma.
 
-  For a variance-exploding schedule that is sigma_max times unit noise, not unit noise.
+  For a variance-exploding schedule that is sigma_max times unit noise, not unit noise. Karras et
+  al. 2022, algorithm 1, line 2.
   """
   return schedule(t).sigma.astype(noise.dtype) * noise

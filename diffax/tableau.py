@@ -220,7 +220,10 @@ def _integrals(kernel, lam, h, nodes, place):
 
 
 def phi2(z):
-  """z phi_2(-z) = 1 - (1 - e^-z) / z, without cancellation."""
+  """z phi_2(-z) = 1 - (1 - e^-z) / z, without cancellation.
+
+  Hochbruck & Ostermann 2010, "Exponential Integrators", on the phi functions.
+  """
   v, share = (_column(jnp.asarray(a, z.dtype), z[None]) for a in (_POINTS, _SHARES))
   return (share * z[None] * v * jnp.exp(-z[None] * (1 - v))).sum(0)
 
@@ -229,7 +232,8 @@ def adams(steps, order, kernel, place=in_lam, along=lambda level: level.lam):
   """Weights of the last order - 1 calls less the present one, of the polynomial through all.
 
   along: the variable of integration. As many calls are used as lie where it is finite since the
-  last jump; none where the step itself is infinite: there it is DDIM's.
+  last jump; none where the step itself is infinite: there it is DDIM's. Hochbruck & Ostermann 2010,
+  "Exponential Integrators", on multistep methods.
   """
   lam = along(steps.t)
   h = along(steps.s) - lam
@@ -271,7 +275,8 @@ def runge_kutta(steps, asked, targets, x0, eps, clean, fresh=None):
   asked: levels of the calls after the first. targets: the level each row leads to, whose sigma is
   the noise that is kept. Row k is DDIM's step from the start to targets[k], corrected by what calls
   1 to k said less what the first said: x0[k - 1] and eps[k - 1] are their weights, None for none.
-  The last step to clean data is DDIM's and has one call.
+  The last step to clean data is DDIM's and has one call. Hochbruck & Ostermann 2010, "Exponential
+  Integrators", where the weights are exponential.
   """
   size, stages = len(targets), []
   only = only_call(steps, clean)

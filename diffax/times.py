@@ -152,7 +152,10 @@ class Importance(NamedTuple):
 
 
 def importance_init(bins=100, history=10):
-  """No loss met yet; `history` losses are kept for each of `bins` equal bins of u in [0, 1)."""
+  """No loss met yet; `history` losses are kept for each of `bins` equal bins of u in [0, 1).
+
+  Nichol & Dhariwal 2021, sec. 3.3.
+  """
   return Importance(jnp.zeros((bins, history)), jnp.zeros(bins, jnp.int32))
 
 
@@ -160,6 +163,7 @@ def importance_update(state, u, losses):
   """The state after a batch: losses [b] met at the places u [b], before any importance weight.
 
   The batch's order changes nothing: losses enter by rising u, each over the oldest of its bin.
+  Nichol & Dhariwal 2021, sec. 3.3.
   """
   bins, kept = state.history.shape
   order = jnp.argsort(u)
