@@ -65,10 +65,10 @@ class Steps(NamedTuple):
 
 
 class Past(NamedTuple):
-  """What was said in the calls before, newest first."""
+  """What was said in the last calls, [b calls ...]: call n at place n modulo their number."""
 
-  x0: tuple
-  eps: tuple
+  x0: Any
+  eps: Any
 
 
 def shrink(t, s):
@@ -122,19 +122,38 @@ def churned(schedule, ts, s_churn, s_tmin, s_tmax, s_noise):
 
 def linear(plan, x0=1, eps=1):
   """A sampler of rows that weigh the last `x0` clean estimates and `eps` noises."""
+  def numbered(schedule, ts, clean=True):
+    rows = plan(schedule, ts, clean)
+    return {**rows, 'number': jnp.arange(len(rows['level'].t))}
+
   def init(x):
-    return Past((jnp.zeros_like(x),) * (x0 - 1), (jnp.zeros_like(x),) * (eps - 1))
+    ring = lambda calls: jnp.zeros((len(x), calls, *x.shape[1:]), x.dtype) if calls > 1 else ()
+    return Past(ring(x0), ring(eps))
 
   def step(denoise, x, memory, row, noise):
     x = lifted(x, row, noise)
     said = denoise(x, row['level'])
-    x0s, epss = (said.x0, *memory.x0), (said.eps, *memory.eps)
-    x = _dot(row['x0'], x0s) + _dot(row['eps'], epss)
+    x0s, x = _remember(memory.x0, said.x0, row['x0'], row['number'])
+    epss, by_eps = _remember(memory.eps, said.eps, row['eps'], row['number'])
+    x += by_eps
     if 'fresh' in row:
       x += _scaled(row['fresh'], noise, row['span'])
-    return x, Past(x0s[:x0 - 1], epss[:eps - 1])
+    return x, Past(x0s, epss)
 
-  return Sampler(plan, init, step)
+  return Sampler(numbered, init, step)
+
+
+def _remember(ring, said, weights, number):
+  """The ring with what was said in its place, and its weighted sum; weights are newest first.
+
+  Written in place: were the past moved along instead, each call would copy it.
+  """
+  calls = len(weights)
+  if calls == 1:
+    return ring, weights[0] * said
+  ring = jax.lax.dynamic_update_index_in_dim(ring, said, number % calls, 1)
+  placed = jnp.stack(weights)[(number - jnp.arange(calls)) % calls]
+  return ring, sum(placed[j] * ring[:, j] for j in range(calls))
 
 
 def _dot(weights, arrays):
