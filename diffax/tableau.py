@@ -23,9 +23,6 @@ from diffax import schedules
 from diffax.schedules import Level
 
 
-LAM_NOISE = -6.  # the log-SNR that stands for -inf where a method wants a point beyond noise
-
-
 class Sampler(NamedTuple):
   plan: Callable[..., Any]
   init: Callable[[Array], Any]
@@ -328,15 +325,16 @@ def only_call(steps, clean):
 
 
 def between(schedule, steps, r, kept=None):
-  """(level, h): a point r of the way in lambda and the way's length; infinite ends brought near.
+  """(level, h): a point r of the way in lambda and the way's length, taken for 2 where infinite.
 
   kept: the noise at s, where that is less than s's own (ancestral steps end below it).
   """
   low = steps.t.lam
   high = steps.s.lam if kept is None else jnp.log(steps.s.alpha) - jnp.log(kept)
-  low = jnp.where(jnp.isfinite(low), low, jnp.minimum(LAM_NOISE, high - 1))
-  end = jnp.where(high > 0, low + 1, jnp.minimum(LAM_NOISE, low - 1))
-  high = jnp.where(jnp.isfinite(high), high, end)
+  # From pure noise a point e^2 above s will do: farther out a schedule may have no times to tell.
+  near = jnp.where(jnp.isfinite(high), high, jnp.where(jnp.isfinite(steps.s.lam), steps.s.lam, 0.))
+  low = jnp.where(jnp.isfinite(low), low, near - 2)
+  high = jnp.where(jnp.isfinite(high), high, low + 2 * jnp.sign(high))
   return schedule(schedules.inverse(schedule, low + r * (high - low))), high - low
 
 

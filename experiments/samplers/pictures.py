@@ -135,7 +135,7 @@ def mixture(result, path, setting='vp, log_snr'):
       axes.plot(v['calls'], v[key], color=colour, linewidth=1.4, marker='o', markersize=2.2)
       ends.append((name, v['calls'][-1], v[key][-1], colour))
     axes.set(title=title, yscale='log', xlim=(1.9, 210),
-             ylim=(5e-5, 2) if key == 'flow' else (2.5e-3, 2))
+             ylim=(6e-6, 2) if key == 'flow' else (2.5e-3, 2))
     axes.title.set_fontweight('bold')
     tidy(axes)
     if key == 'law':
