@@ -13,6 +13,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from diffax import noises
 from diffax import predictions
 from diffax import samplers
 
@@ -55,7 +56,7 @@ def offset(strength=0.1) -> Coupling:
   def couple(keys, x0, eps):
     del x0
     shape = (*[1] * (eps.ndim - 2), eps.shape[-1])
-    return eps + strength * samplers.normal(keys, shape, eps.dtype)
+    return eps + strength * noises.normal(keys, shape, eps.dtype)
   return couple
 
 
@@ -73,7 +74,7 @@ def pyramid(discount=0.9) -> Coupling:
     for level in range(1, min(height, width).bit_length()):
       tall, wide = _stretch(height, level, eps.dtype), _stretch(width, level, eps.dtype)
       folded = jax.vmap(jax.random.fold_in, (0, None))(keys, level)
-      coarse = samplers.normal(folded, (tall.shape[1], wide.shape[1], channels), eps.dtype)
+      coarse = noises.normal(folded, (tall.shape[1], wide.shape[1], channels), eps.dtype)
       total += discount**level * jnp.einsum('hi,wj,bijc->bhwc', tall, wide, coarse)
       variance += discount**(2 * level) * jnp.sum(tall**2) * jnp.sum(wide**2) / (height * width)
     return total / jnp.sqrt(variance)
@@ -96,7 +97,7 @@ def perturb(predict, keys, gamma=0.1):
   Bias in Diffusion Models", algorithm 1.
   """
   def perturbed(x, level):
-    return predict(x + level.sigma * gamma * samplers.normal(keys, x.shape[1:], x.dtype), level)
+    return predict(x + level.sigma * gamma * noises.normal(keys, x.shape[1:], x.dtype), level)
   return perturbed
 
 

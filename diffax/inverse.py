@@ -22,6 +22,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from diffax import guidance
+from diffax import noises
 from diffax import samplers
 
 REPLACED, REDRAWN = 2**31 - 1, 2**31 - 1  # in place of a row's number, of a draw's
@@ -155,7 +156,7 @@ def replacement(denoise, operator, y, noise):
     fold = jax.vmap(jax.random.fold_in, (0, None))
     eps = noise
     if keyed:
-      eps = samplers.normal(fold(fold(noise, REPLACED), count), x.shape[1:], guidance.wide(x).dtype)
+      eps = noises.normal(fold(fold(noise, REPLACED), count), x.shape[1:], guidance.wide(x).dtype)
     eps = operator.apply(eps)
     shown = _held(operator, guidance.wide(x), level.alpha * y + level.sigma * eps)
     said, memory = inner.apply(shown.astype(x.dtype), level, memory)

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 
 from diffax import grids
 from diffax import losses
+from diffax import noises
 from diffax import predictions
-from diffax import samplers
 from diffax import schedules
 from diffax import solvers
 
@@ -236,13 +236,9 @@ def variational_bound(denoise, schedule, x0, ts, keys, decoder: Decoder):
 def _ask_noised(denoise, x0, keys, level, number):
   """What is said of x0 [b ...] with noise of `level`, the draw `number` of each key; and of what x.
   """
-  eps = samplers.normal(_fold(keys, number), x0.shape[1:], x0.dtype)
+  eps = noises.normal(noises.fold(keys, number), x0.shape[1:], x0.dtype)
   x = level.alpha * x0 + level.sigma * eps
   return _ask(denoise, x, level, x0.dtype), x
-
-
-def _fold(keys, number):
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def continuous_bound(denoise, schedule, x0, keys, decoder: Decoder, draws=128):
@@ -255,7 +251,7 @@ def continuous_bound(denoise, schedule, x0, keys, decoder: Decoder, draws=128):
   """
   g = lambda t: jnp.log1p((schedule(t).alpha / schedule(t).sigma)**2) / 2
   low, high = g(schedule.t_max), g(schedule.t_min)
-  offset = jax.vmap(jax.random.uniform)(_fold(keys, draws + 1))
+  offset = jax.vmap(jax.random.uniform)(noises.fold(keys, draws + 1))
   ask = functools.partial(_ask_noised, denoise, x0, keys)
 
   def add(total, number):

@@ -29,7 +29,6 @@ from diffax import noises
 from diffax import predictions
 from diffax import schedules
 from diffax import tableau
-from diffax.noises import normal  # noqa: F401
 from diffax.schedules import Level
 from diffax.tableau import Path, Sampler
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import run_diffax
 
+from diffax import noises
 from diffax import sample
 from diffax import samplers
 from diffax import schedules
@@ -189,7 +190,7 @@ def test_drawn_together():
   prepared = fast(lambda batch: run.task.prepare(
     alone.params, alone, batch, train.example_keys(0, 0, 32)), batch)
   np.testing.assert_allclose(np.diff(np.sort(prepared['u'])), 1 / 32, atol=1e-6)
-  noise = samplers.normal(jax.vmap(lambda key: jax.random.split(key, 4)[1])(
+  noise = noises.normal(jax.vmap(lambda key: jax.random.split(key, 4)[1])(
     train.example_keys(0, 0, 32)), (8, 8, 1))
   costs = [float(jnp.sum((batch['image'] - eps)**2)) for eps in (prepared['eps'], noise)]
   assert costs[0] < 0.95 * costs[1]

@@ -14,6 +14,7 @@ import scipy.ndimage
 
 from diffax import grids
 from diffax import inverse
+from diffax import noises
 from diffax import predictions
 from diffax import samplers
 from diffax import schedules
@@ -198,7 +199,7 @@ def test_dps_comes_near_y():
 
   @fast
   def run(rows, zeta):
-    x = samplers.normal(keys, (4, 4, 3))
+    x = noises.normal(keys, (4, 4, 3))
     return samplers.sample(sampler, inverse.dps(gaussian, operator, y, zeta), rows, x)
 
   off = lambda zeta: float(jnp.abs(operator.apply(run(rows, zeta)) - y).mean())
@@ -396,7 +397,7 @@ def test_steering_tilts(every):
   """N(0, s^2) tilted by exp(x_0 - x_1) is N(s^2 (1, -1), s^2), to 0.05."""
   count = 16384
   keys = samplers.sample_keys(0, np.arange(count))
-  x = samplers.normal(samplers.sample_keys(1, np.arange(count)), (2,))
+  x = noises.normal(samplers.sample_keys(1, np.arange(count)), (2,))
   reward = lambda x0: x0[:, 0] - x0[:, 1]
   sampler = inverse.steer(samplers.dpmpp_2m(1.), reward, count, every=every)
   out = np.asarray(steered(sampler, x, keys, 60))

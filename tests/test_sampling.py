@@ -191,7 +191,7 @@ def simple(name='ddpm', steps=5, **options):
   """One call on 8 samples of Gaussian data."""
   rows = planned(name, made('linear'), times('karras', 'linear', steps))
   keys = samplers.sample_keys(0, np.arange(8))
-  x = samplers.normal(keys, (2,))
+  x = noises.normal(keys, (2,))
   denoise = lambda x, level: gaussians.estimate(GAUSSIAN, x, level)
   return samplers.sample(CASES[name].sampler, denoise, rows, x, keys, **options)
 
@@ -228,7 +228,7 @@ def test_sharded(name):
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   rows = planned(name, made('linear'), times('karras', 'linear', 3))
   keys = samplers.sample_keys(0, np.arange(16))
-  x = samplers.normal(keys, (2,))
+  x = noises.normal(keys, (2,))
   alone = keyed(name, rows, x, keys)
   compiled = keyed.lower(name, rows, *jax.device_put((x, keys), spread)).compile()
   shared = compiled(rows, *jax.device_put((x, keys), spread))
@@ -288,7 +288,7 @@ def test_bfloat16(name):
 
   rows = planned(name, made('linear'), times('karras', 'linear', 3))
   keys = samplers.sample_keys(0, np.arange(8))
-  x = samplers.normal(keys, (2,), jnp.bfloat16)
+  x = noises.normal(keys, (2,), jnp.bfloat16)
   out = samplers.sample(CASES[name].sampler, denoise, rows, x, keys)
   assert out.dtype == jnp.bfloat16 and np.isfinite(np.asarray(out, np.float32)).all()
   assert noise_of(keys, jnp.bfloat16).dtype == jnp.bfloat16

@@ -185,7 +185,7 @@ def _prepare(spec, shape):
       batch |= {'u': build('diffax.times', spec['draw'], key, len(keys), path='loss.draw')}
     if couples:  # in one piece, for examples are compared
       x0 = layers.constrain(batch['image'], *[None] * batch['image'].ndim)
-      eps = samplers.normal(_split(keys)[:, 1], shape)
+      eps = noises.normal(_split(keys)[:, 1], shape)
       batch |= {'eps': coupling(noises.fold(keys, TOGETHER), x0, layers.constrain(
         eps, *[None] * eps.ndim))}
     return batch
@@ -214,7 +214,7 @@ def _loss(config, network, learned, process):
   def loss(params, state, batch, keys):
     p, k = process(params), _split(keys)
     u = batch['u'] if 'u' in batch else jax.vmap(jax.random.uniform)(k[:, 0])
-    eps = batch['eps'] if 'eps' in batch else samplers.normal(k[:, 1], network.shape)
+    eps = batch['eps'] if 'eps' in batch else noises.normal(k[:, 1], network.shape)
     if spec['importance']:
       u, share = times.importance_law(state.extra['importance'])(u)
     t, cond = p.law(u), {}
