@@ -73,9 +73,13 @@ SLOTS = (
   Slot(r'loss\.coupling', 'diffax.couplings', ('Callable',)),
   Slot(r'loss\.draw', 'diffax.times', given=('key', 'count')),
   Slot(r'model', 'diffax.models', ('Module',)),
-  Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0)),
+  Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0, unit_kernels='')),
   Slot(r'learning_rate', 'optax.schedules'),
   Slot(r'evals\.\w+', 'diffax.evals', given=('run', 'path'), extra=dict(every=0)),
+  Slot(r'evals\.\w+\.features', 'diffax.features', given=('source', 'held_out', 'size')),
+  Slot(
+    r'evals\.\w+\.metrics\.\w+', 'diffax.metrics', given=('fake', 'real'), offered=('held_out',)
+  ),
   Slot(DRAWN + r'sampler', 'diffax.samplers', ('Sampler',), extra=SAMPLER),
   Slot(DRAWN + r'sampler(\.of)+', 'diffax.samplers', ('Sampler',)),
   Slot(DRAWN + r'sampler\.grid(\.of)*', 'diffax.grids', given=('schedule', 'steps')),
@@ -88,7 +92,7 @@ SLOTS = (
     closed=True,
   ),
 )
-OPEN = r'evals|' + DRAWN + r'transforms'  # where the names are one's own
+OPEN = r'evals|evals\.\w+\.metrics|' + DRAWN + r'transforms'  # where the names are one's own
 
 DEFAULTS = dict(
   seed=0,
@@ -117,7 +121,9 @@ DEFAULTS = dict(
   sharding=(('.*', 'fsdp'),),
   log_every=50,
   save_every=1000,
-  keep=dict(last=3, every=0),  # checkpoints: the newest ones, and those at multiples of `every`
+  # checkpoints: the newest ones, and those at multiples of `every`; power-function averages: at
+  # multiples of `averages`, for others to be made of; 0 is never
+  keep=dict(last=3, every=0, averages=0),
   evals={},
   sample=dict(count=64, **SHOWN),
 )
@@ -190,19 +196,26 @@ def complete(config, awaited=()):
   awaited: paths that may be missing still.
   """
   config = copy.deepcopy(config)
-  if isinstance(config.get('ema'), (int, float)):
+  if isinstance(config.get('ema'), (int, float, str)):
     config['ema'] = (config['ema'],)
   if isinstance(config.get('learning_rate'), (int, float)):
     config['learning_rate'] = dict(name='constant_schedule', value=float(config['learning_rate']))
   return _complete(config, DEFAULTS, '', awaited)
 
 
+def _spelled(value):
+  """A name alone, or several, as the dict they are short for."""
+  if isinstance(value, (tuple, list)):
+    return {name: name for name in value}
+  return dict(name=value) if isinstance(value, str) else value
+
+
 def _complete(values, defaults, path, awaited):
   """Merges a level of the config with its defaults, which a slot's function adds to."""
   slot = _slot(path)
+  if slot or re.fullmatch(OPEN, path):
+    values = _spelled(values)
   if slot:
-    if isinstance(values, str):
-      values = dict(name=values)
     if not isinstance(values, dict):
       raise ConfigError(f'{path}={values!r}: give dict(name=..., ...) or a name')
     name = values.get('name', defaults.get('name') if isinstance(defaults, dict) else None)
@@ -231,7 +244,7 @@ def _complete(values, defaults, path, awaited):
         continue
       choices = f': {build.near("", _choices(_slot(where)))}' if _slot(where) else ''
       raise ConfigError(f'config says no {where!r}, which is needed{choices}')
-    if isinstance(default, dict) or default is dict or _slot(where):
+    if isinstance(default, dict) or default is dict or _slot(where) or re.fullmatch(OPEN, where):
       value = _complete(value, default if isinstance(default, dict) else {}, where, awaited)
     elif key in values:
       value = _typed(value, default, where)
@@ -356,10 +369,9 @@ def _is_number(text):
 def _rename(config, path, name):
   """Sets the name at `path`; arguments that only the old function had go with it."""
   for key in path[:-1]:
-    value = config.setdefault(key, {})
-    config[key] = config = dict(name=value) if isinstance(value, str) else value
-  old = config.get(path[-1], {})
-  old = dict(name=old) if isinstance(old, str) else old if isinstance(old, dict) else {}
+    config[key] = config = _spelled(config.get(key, {}))
+  old = _spelled(config.get(path[-1], {}))
+  old = old if isinstance(old, dict) else {}
   if old.get('name') == name:
     return
   slot = _slot('.'.join(path))

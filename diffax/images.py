@@ -22,6 +22,24 @@ def grid(images, columns=10, gap=1, smallest=64):
   return einops.rearrange(images, '(r k) h w c -> (r h) (k w) c', k=columns)
 
 
+def shown(x):
+  """What can be looked at of x [n h w c]: uint8 with 1 or 3 channels.
+
+  Floats, as latents are, are shown by their first three channels, each stretched over its range.
+  """
+  channels = 3 if x.shape[-1] >= 3 else 1
+  x = x[..., :channels]
+  if x.dtype == np.uint8:
+    return x
+  low, high = (f(x, axis=(0, 1, 2), keepdims=True) for f in (np.min, np.max))
+  return np.rint(255 * (x - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)
+
+
+def name(key, step):
+  """The file of a run's picture `key` ('samples') at `step`."""
+  return f'{key.replace("/", "_")}_{step:07d}.png'
+
+
 def save(path, image):
   """Writes uint8 [h w 1 or 3] as PNG, to a local path or a bucket."""
   from PIL import Image

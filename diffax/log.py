@@ -7,6 +7,7 @@ import sys
 import time
 
 from etils import epath
+import numpy as np
 
 
 def _local(path):
@@ -14,7 +15,7 @@ def _local(path):
 
 
 class Metrics:
-  """`metrics.jsonl`: an object a line, each step once, also after a resume.
+  """`metrics.jsonl` and `evals.jsonl`: an object a line, none twice, also after a resume.
 
   A resumed run drops the lines beyond the step it goes on from, and a line that a kill cut short.
   On a bucket, which cannot be appended to, the whole file is written at each flush.
@@ -72,6 +73,7 @@ class Log:
     self.workdir = epath.Path(workdir)
     (self.workdir / 'images').mkdir(parents=True, exist_ok=True)
     self.metrics = Metrics(self.workdir / 'metrics.jsonl', resumed_at)
+    self.evals = Metrics(self.workdir / 'evals.jsonl', resumed_at)
     self.events = SummaryWriter(
       str(self.workdir / 'tensorboard'),
       purge_step=resumed_at + 1,
@@ -107,12 +109,28 @@ class Log:
     for key, value in values.items():
       self.events.add_scalar(key, value, step)
 
-  def image(self, step, name, image):
-    """uint8 [h w c], into images/ and TensorBoard."""
+  def evaluated(self, step, name, pairs):
+    """What evaluation `name` found at `step`: a row of evals.jsonl, pictures in images/, events.
+
+    pairs: (name, number or uint8 [h w c]); of a picture, the row holds the file.
+    """
     from diffax import images
 
-    images.save(self.workdir / 'images' / f'{name}_{step:07d}.png', image)
-    self.events.add_image(name, image, step, dataformats='HWC')
+    row = {'step': step, 'eval': name}
+    for key, value in pairs:
+      if np.ndim(value) == 3:
+        row[key] = f'images/{images.name(key, step)}'
+        images.save(self.workdir / row[key], value)
+        self.events.add_image(key, value, step, dataformats='HWC')
+      else:
+        row[key] = float(value)
+        self.events.add_scalar(key, row[key], step)
+    self.evals.write(row)
+    self.evals.flush()
+
+  def evaluations(self, step):
+    """The names of the evaluations that were done at `step`."""
+    return {row['eval'] for row in read_metrics(self.evals.path) if row['step'] == step}
 
   def curve(self):
     """images/loss.png, of all that was logged, if anything was."""
@@ -132,6 +150,7 @@ class Log:
   def close(self):
     self.progress.close()
     self.metrics.close()
+    self.evals.close()
     self.events.close()
 
 

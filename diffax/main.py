@@ -1,9 +1,14 @@
-"""The door: trains, samples or replays what a config describes.
+"""The door: trains, samples, evaluates or replays what a config describes.
 
   python -m diffax.main --config configs/digits.py --workdir runs/digits
   python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
   python -m diffax.main --workdir runs/digits --mode sample --config.sample.count=100
+  python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
+  python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
+
+`reference` computes what evaluations need of the data alone, once, into the cache ($DIFFAX_CACHE,
+or ~/.cache/diffax); `evaluate` and training do so themselves where it is not there.
 
 Any value of the config, and any parameter of a function it names, is set by --config.PATH=VALUE.
 Where a workdir has a config already, --config may be left out.
@@ -22,7 +27,7 @@ from etils import epath
 from diffax import config as configs
 from diffax.build import ConfigError, near
 
-MODES = ('train', 'sample', 'replay')
+MODES = ('train', 'sample', 'evaluate', 'reference', 'replay')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -36,10 +41,11 @@ def define_flags():
   flags.DEFINE_integer(
     'step',
     0,
-    'sample: of which checkpoint (0: the newest); replay: which step',
+    'sample, evaluate: of which checkpoint (0: the newest); replay: which step',
     lower_bound=0,
     flag_values=values,
   )
+  flags.DEFINE_list('evals', [], 'evaluate: which of them, by name (all)', flag_values=values)
   flags.DEFINE_boolean('help', False, 'this text', flag_values=values)
   return values
 
@@ -155,7 +161,7 @@ def _run(argv):
     print(__doc__, values.get_help(), sep='\n')
     return
   workdir = epath.Path(values.workdir)
-  if values.mode != 'train' and not workdir.exists():
+  if values.mode not in ('train', 'reference') and not workdir.exists():
     raise ConfigError(
       f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
     )
@@ -167,6 +173,14 @@ def _run(argv):
 
     for path in sample.sample(train.setup(config), workdir, values.step):
       print(path)
+  elif values.mode in ('evaluate', 'reference'):
+    from diffax import evaluate, train
+
+    run = train.setup(config)
+    if values.mode == 'evaluate':
+      print(evaluate.evaluate(run, workdir, values.step, values.evals))
+    else:
+      evaluate.prepare(run, values.evals)
   else:
     from diffax import replay, train
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax import checkpoint
+from diffax import ema
 from diffax import images
 from diffax import samplers
 from diffax import sharding
@@ -16,7 +17,7 @@ from diffax.data import transforms
 
 def choose(state, name):
   """The parameters to sample with: an average by its name, '' for the last, 'none' for none."""
-  name = name or _last(state)
+  name = name or last(state)
   if name == 'none':
     return state.params
   if name not in state.ema:
@@ -24,7 +25,8 @@ def choose(state, name):
   return state.ema[name]
 
 
-def _last(state):
+def last(state):
+  """The average to sample with where none is named."""
   return (list(state.ema) or ['none'])[-1]
 
 
@@ -46,17 +48,20 @@ def labels(wanted, index, classes):
 
 
 def drawer(run, settings, path):
-  """A function `(state, count) -> (uint8 [count h w c], labels int [count])`, compiled once.
+  """A function `(state, count, start=0) -> (x [count h w c], labels int [count])`, compiled once.
 
+  It draws the samples `start`, `start + 1`, ...: uint8, or float32 where the data is floats.
   settings: a `sample` section or evaluation of the config, `path` its place. Raises ConfigError.
   """
   if settings['batch_size'] < 1:
     raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
   whole = lambda n: -(-n // run.mesh.size) * run.mesh.size  # as many for each device
   labels(settings['labels'], np.arange(1), run.task.classes)
-  choose(run.like, settings['ema'])
+  used = settings['ema'] or last(run.like)
+  like = _like(run.like, used)
   draw = run.task.sample(settings, path)
   batch = sharding.batch(run.mesh)
+  finish = transforms.to_uint8 if run.source.dtype == np.uint8 else np.asarray
 
   @jax.jit
   def generate(params, index, label):
@@ -66,31 +71,80 @@ def drawer(run, settings, path):
   try:  # what only a look at the whole can tell, before any of it is compiled
     number = jax.ShapeDtypeStruct((whole(settings['batch_size']),), jnp.int32)
     with sharding.using(run.mesh):
-      jax.eval_shape(generate, choose(run.like, settings['ema']), number, number)
+      jax.eval_shape(generate, like, number, number)
   except ConfigError:
     raise
   except (ValueError, TypeError) as error:
     raise ConfigError(f'config.{path}: {" ".join(str(error).split())}') from error
 
-  def samples(state, count):
+  def samples(state, count, start=0):
     """In batches of one size, so of one program; what is drawn beyond `count` is left out."""
-    params, parts = choose(state, settings['ema']), []
+    params, parts = choose(state, used), []
     size = whole(min(settings['batch_size'], count))
-    index = np.arange(-(-count // size) * size)
+    index = start + np.arange(-(-count // size) * size)
     label = labels(settings['labels'], index, run.task.classes)
     with sharding.using(run.mesh):
       for i in range(0, count, size):
         x = generate(
           params, jnp.asarray(index[i : i + size]), jnp.asarray(label[i : i + size], jnp.int32)
         )
-        parts.append(transforms.to_uint8(np.asarray(x)))
+        parts.append(finish(np.asarray(x)))
     return np.concatenate(parts)[:count], label[:count]
 
   return samples
 
 
+# --- which parameters -----------------------------------------------------------------------------
+
+
+def restore(run, workdir, step, names):
+  """(step, state) of a checkpoint, or of the newest where `step` is 0, to sample by `names` with.
+
+  names: averages, '' the last, 'none' the parameters themselves. A power-function average of a
+  width that was not kept is made of those that were (Karras et al. 2024, section 3). Of the state
+  only what is asked for is read. Raises ConfigError.
+  """
+  names = {name or last(run.like) for name in names}
+  kept, made = names & set(run.like.ema), names - {*run.like.ema, 'none'}
+  for name in made:
+    _like(run.like, name)
+  ends = ema.powers(run.like.ema) if made else []  # at the checkpoint's own step
+  averages = {name: run.like.ema[name] for name in sorted(kept | set(ends))}
+  wanted = ({'params': run.like.params} if 'none' in names else {}) | (
+    {'ema': averages} if averages else {}
+  )
+  step, found = checkpoint.load(workdir / 'checkpoints', step, wanted)
+  read = found.get('ema', {})
+  found['ema'] = read | {name: _made(run, workdir, step, name, read) for name in made}
+  return step, run.like.replace(**found)
+
+
+def _made(run, workdir, step, name, ends):
+  """The average `name` at `step`, of the snapshots until then and the checkpoint's own."""
+  folder, kept = workdir / 'averages', ema.powers(run.like.ema)
+  steps = [s for s in checkpoint.present(folder) if s < step]
+  stored = [(s, power) for s in steps for power in kept] + [(step, power) for power in kept]
+  read = lambda s, power: checkpoint.read(folder, s, {power: run.like.ema[power]})[power]
+  trees = (ends[power] if s == step else read(s, power) for s, power in stored)
+  widths = [(s, ema.width(power)) for s, power in stored]
+  made = ema.reconstruct(trees, ema.weights(widths, (step, ema.width(name))))
+  return jax.device_put(made, jax.tree.map(lambda x: x.sharding, run.like.params))
+
+
+def _like(like, name):
+  """What parameters `name` look like. Raises ConfigError where they can neither be had nor made."""
+  if name == 'none' or name in like.ema:
+    return choose(like, name)
+  try:
+    if ema.width(name) and ema.powers(like.ema):
+      return like.params
+  except ValueError as error:
+    raise ConfigError(f'ema={name!r}: {error}') from error
+  return choose(like, name)
+
+
 def sample(run, workdir, step):
-  """Writes samples.npz (`arr_0` uint8 NHWC, `arr_1` labels) and a grid of the first hundred.
+  """Writes samples.npz (`arr_0` NHWC, `arr_1` labels) and a grid of the first hundred.
 
   step: of which checkpoint; 0 for the newest. Returns the paths written. Raises ConfigError.
   """
@@ -98,13 +152,10 @@ def sample(run, workdir, step):
   if settings['count'] < 1:
     raise ConfigError(f'config.sample.count={settings["count"]} is less than 1')
   draw = drawer(run, settings, 'sample')
-  used = settings['ema'] or _last(run.like)
-  wanted = {'params': run.like.params} if used == 'none' else {'ema': {used: run.like.ema[used]}}
-  _, found = checkpoint.load(workdir / 'checkpoints', step, wanted)
-  pictures, label = draw(run.like.replace(**found), settings['count'])
+  _, state = restore(run, workdir, step, [settings['ema']])
+  pictures, label = draw(state, settings['count'])
   data = io.BytesIO()
   np.savez(data, pictures, label)
   (workdir / 'samples.npz').write_bytes(data.getvalue())
-  shown = pictures[:100]
-  images.save(workdir / 'samples.png', images.grid(shown))
+  images.save(workdir / 'samples.png', images.grid(images.shown(pictures[:100])))
   return workdir / 'samples.npz', workdir / 'samples.png'

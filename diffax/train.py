@@ -17,8 +17,10 @@ import optax
 
 from diffax import checkpoint
 from diffax import ema
+from diffax import evaluate
 from diffax import log as logs
 from diffax import optim
+from diffax import sample
 from diffax import sharding
 from diffax.build import build, ConfigError
 from diffax.data import pipeline
@@ -69,13 +71,20 @@ def setup(config):
       raise ConfigError(f'config.{key}={config[key]} is less than 1')
   if config['keep']['last'] < 1:
     raise ConfigError(f'config.keep.last={config["keep"]["last"]} is less than 1')
+  if config['keep']['averages'] < 0:
+    raise ConfigError(f'config.keep.averages={config["keep"]["averages"]} is negative; 0 is never')
   if config['data']['workers'] < 0:
     raise ConfigError(f'config.data.workers={config["data"]["workers"]} is less than 0')
   try:
-    ema.names(config['ema'])
+    kept = ema.names(config['ema'])
     pipeline.steps(source, **_data_options(config))
   except ValueError as error:
     raise ConfigError(f'config: {error}') from error
+  if config['keep']['averages'] and not ema.powers(kept):
+    raise ConfigError(
+      f"config.keep.averages={config['keep']['averages']} keeps power-function averages, and ema="
+      f"{config['ema']} has none: add two, as 'power_0.05' and 'power_0.1'"
+    )
   mesh = sharding.make_mesh(config['mesh'])
   parts = config['accumulate'] * mesh.size
   if config['batch_size'] % parts:
@@ -86,6 +95,8 @@ def setup(config):
     )
   try:
     shapes = jax.eval_shape(lambda: _init(config, task, tx))
+  except ConfigError:
+    raise
   except ValueError as error:  # such as sizes that do not divide, which the network says
     raise ConfigError(f'config.model: {" ".join(str(error).split())}') from error
   place = sharding.parameters(shapes.params, mesh, config['sharding'])
@@ -322,16 +333,18 @@ def train(run, workdir, warm=None):
   warm: a workdir whose weights a new run begins with. SIGTERM and SIGINT save and stop. Raises
   BadStep at the first look after a loss or gradient that was not finite.
   """
-  config = run.config
+  config, keep = run.config, run.config['keep']
   evals = evaluations(run)
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', **config['keep'])
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep['last'], keep['every'])
+  averages = checkpoint.Checkpoints(workdir / 'averages', None) if keep['averages'] else None
   start, state, how = _begin(run, checkpoints, warm)
   log = logs.Log(workdir, start, config['steps'], config['batch_size'])
   size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   log.progress.say(f'{size:.2f} M parameters on {run.mesh.size} devices, {how}')
+  out = _Out(log, checkpoints, averages, evals)
   data, stop = batches(run, start), _Stop()
   try:
-    state = _loop(run, state, start, data, log, checkpoints, evals, stop)
+    state = _loop(run, state, start, data, out, stop)
     checkpoints.wait()
     if int(state.step) == config['steps']:
       log.curve()
@@ -341,14 +354,26 @@ def train(run, workdir, warm=None):
     stop.restore()
     data.close()
     checkpoints.close()
+    if averages:
+      averages.close()
     log.close()
   return state
 
 
-def _loop(run, state, start, data, log, checkpoints, evals, stop):
+class _Out(NamedTuple):
+  """Where a run's results go. averages: None where none are kept; evals: {name: `Evaluation`}."""
+
+  log: Any
+  checkpoints: Any
+  averages: Any
+  evals: dict
+
+
+def _loop(run, state, start, data, out, stop):
   """Steps until the end or a signal. Raises _Bad with the state."""
-  config, in_flight = run.config, collections.deque()
+  config, log, in_flight = run.config, out.log, collections.deque()
   step_fn = compile_step(run) if start < config['steps'] else None
+  _evaluate(state, start, run, out, stop)  # what an interrupted run had no time for
   log.progress.restart(start)
   for step in range(start + 1, config['steps'] + 1):
     try:
@@ -361,32 +386,65 @@ def _loop(run, state, start, data, log, checkpoints, evals, stop):
       in_flight.popleft().block_until_ready()
     if step % config['log_every'] == 0 and log.push(step, metrics):
       raise _Bad(state)
-    stopped = stop.signal  # read once: a later one is seen at the next step, which is then saved
-    last = step == config['steps'] or stopped
-    if last or step % config['save_every'] == 0:
-      if log.settle() or bool(state.bad):
-        raise _Bad(state)
-      log.flush()  # so that no checkpoint is newer than what is written of it
-      checkpoints.save(step, state)
-    due = [f for every, f in evals if every and (step % every == 0 or step == config['steps'])]
-    if due and not stopped:
-      if log.settle():
-        raise _Bad(state)
-      for name, image in (pair for evaluate in due for pair in evaluate(state)):
-        log.image(step, name, image)
-      log.progress.restart(step)
-    if stopped:
-      log.progress.say(f'{stopped}: stopped at step {step}; the same command goes on from it')
+    saved = step == config['steps'] or step % config['save_every'] == 0
+    if saved:
+      _save(state, step, out)
+    if out.averages and step % config['keep']['averages'] == 0:
+      _keep(state, step, out)
+    if not stop.signal:
+      _evaluate(state, step, run, out, stop)
+    if stop.signal:
+      if not saved:
+        _save(state, step, out)
+      log.progress.say(f'{stop.signal}: stopped at step {step}; the same command goes on from it')
       break
   return state
 
 
+def _settle(state, log):
+  """Waits for what is under way. Raises _Bad where it was not finite."""
+  if log.settle() or bool(state.bad):
+    raise _Bad(state)
+
+
+def _save(state, step, out):
+  _settle(state, out.log)
+  out.log.flush()  # so that no checkpoint is newer than what is written of it
+  out.checkpoints.save(step, state)
+
+
+def _keep(state, step, out):
+  """Keeps the power-function averages, of which any other width is made later (`sample.restore`).
+
+  A step that is there is not written again: a run that goes on comes to the same.
+  """
+  _settle(state, out.log)
+  if step not in out.averages.steps():
+    out.averages.save(step, {name: state.ema[name] for name in ema.powers(state.ema)})
+
+
+def _evaluate(state, step, run, out, stop):
+  """Carries out what is due at `step` and not done yet. A signal ends it; a resume does the rest.
+  """
+  due = [name for name in evaluate.due(run.config, step) if name in out.evals]
+  if not due:
+    return
+  _settle(state, out.log)
+  workdir, stopped = out.log.workdir, lambda: bool(stop.signal)
+  for name in (name for name in due if name not in out.log.evaluations(step)):
+    found = evaluate.carry_out(name, out.evals[name], state, step, workdir, stopped)
+    if found is None:
+      return
+    out.log.evaluated(step, name, found)
+  out.log.progress.restart(step)
+
+
 def evaluations(run):
-  """[(every, evaluate)] of the config's evaluations. Raises ConfigError."""
-  return [
-    (spec['every'], build('diffax.evals', spec, run, path, path=path, skip=('every',)))
-    for path, spec in ((f'evals.{name}', spec) for name, spec in run.config['evals'].items())
-  ]
+  """{name: `Evaluation`} of the config's entries. Raises ConfigError."""
+  for spec in run.config['evals'].values():
+    if spec['every'] and spec.get('ema', '') not in ('', 'none'):
+      sample.choose(run.like, spec['ema'])  # averages of other widths are made of a finished run
+  return evaluate.entries(run)
 
 
 class _Bad(Exception):

@@ -201,7 +201,7 @@ def test_wrong(override, said):
   ('c.batch_size = True', 'batch_size=True'),
   ('del c.steps', "says no 'steps'"),
   ('del c.model.width', 'width'),
-  ('del c.model.name', 'model.*allowed: dit'),
+  ('del c.model.name', 'model.*allowed: adm, ddpm, ddpmpp, dit'),
   ('c.model = 3', 'model'),
   ('c.mesh.tensor = 3', 'tensor'),
   ('syntax error', 'SyntaxError'),

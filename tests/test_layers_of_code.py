@@ -11,12 +11,13 @@ import run_diffax
 PACKAGE = run_diffax.ROOT / 'diffax'
 LAYERS = {
   'mathematics': ('schedules', 'times', 'grids', 'predictions', 'losses', 'couplings', 'noises',
-                  'tableau', 'samplers', 'solvers', 'guidance', 'inverse', 'likelihood', 'ema'),
+                  'tableau', 'samplers', 'solvers', 'guidance', 'inverse', 'likelihood', 'ema',
+                  'metrics'),
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'checkpoint', 'optim', 'log', 'images'),
   'tasks': ('tasks',),
-  'loops': ('train', 'sample', 'replay', 'evals'),
+  'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
   'doors': ('main',),
 }
 LOWER = ('mathematics', 'models', 'data', 'machinery')
@@ -108,6 +109,6 @@ import sys
 for name in ('flax', 'optax', 'orbax', 'grain', 'tensorflow_datasets', 'ml_collections', 'absl',
              'etils', 'PIL', 'matplotlib', 'sklearn', 'tensorboardX', 'tqdm'):
   sys.modules[name] = None
-from diffax import couplings, ema, grids, guidance, inverse, likelihood, losses, noises, predictions
-from diffax import samplers, schedules, solvers, tableau, times
+from diffax import couplings, ema, grids, guidance, inverse, likelihood, losses, metrics, noises
+from diffax import predictions, samplers, schedules, solvers, tableau, times
 ''')

@@ -24,7 +24,7 @@ def run(workdir, start, stop, wrong=0.0):
     metrics = dict(loss=1 / step + wrong, grad_norm=2.0, bad=False)
     assert not log.push(step, {k: jnp.asarray(v) for k, v in metrics.items()})
     if step % 5 == 0:
-      log.image(step, 'samples', np.full((8, 6, 3), step, np.uint8))
+      log.evaluated(step, 'samples', [('samples', np.full((8, 6, 3), step, np.uint8))])
   assert not log.settle()
   return log
 

@@ -188,7 +188,8 @@ def test_spellings():
 
 def test_what_a_run_leaves(trained):
   assert {p.name for p in trained.iterdir()} == {
-    'checkpoints', 'config.json', 'environment.json', 'images', 'metrics.jsonl', 'tensorboard'}
+    'checkpoints', 'config.json', 'environment.json', 'evals.jsonl', 'images', 'metrics.jsonl',
+    'tensorboard'}
   started = json.loads((trained / 'environment.json').read_text())
   assert started[0]['versions']['jax'] == jax.__version__ and len(started[0]['devices']) == 8
   assert (trained / 'images' / 'loss.png').exists()

@@ -16,6 +16,7 @@ from diffax import optim
 from diffax import samplers
 from diffax import sharding
 from diffax import train
+from diffax.evals import Evaluation
 from diffax.build import ConfigError
 
 # --- the step, on a toy: loss |w - label|^2 of each example ---------------------------------------
@@ -225,22 +226,23 @@ def interrupt(run, path):
   """An evaluation in the midst of which a SIGTERM comes."""
   del run, path
 
-  def evaluate(state):
+  def evaluate(state, folder):
+    del folder
     if int(state.step) == 2:
       os.kill(os.getpid(), signal.SIGTERM)
-    return ()
+    yield None
 
-  return evaluate
+  return Evaluation(evaluate)
 
 
 def test_signal_during_evaluation(tmp_path, capsys):
-  """It is seen at the next step, which is saved; the handlers are as they were."""
+  """It ends the evaluation, the step is saved; the handlers are as they were."""
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   run = run_diffax.setup(
     *SHORT, 'evals.samples=test_train.interrupt', 'evals.samples.every=2', 'save_every=99', count=8)
   train.train(run, epath.Path(tmp_path))
-  assert 'SIGTERM: stopped at step 3' in capsys.readouterr().err
-  assert checkpoint.present(tmp_path / 'checkpoints') == [3]
+  assert 'SIGTERM: stopped at step 2' in capsys.readouterr().err
+  assert checkpoint.present(tmp_path / 'checkpoints') == [2]
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 

@@ -2,14 +2,16 @@
 
 from diffax import images
 from diffax import sample
+from diffax.evals import Evaluation
 
 
-def grid(run, path, rows=10, columns=10, **settings):
+def grid(run, path, rows=10, columns=10, **settings) -> Evaluation:
   """One picture of rows x columns samples; settings: those of a config's `sample` section."""
   draw = sample.drawer(run, settings, path)
 
-  def evaluate(state):
+  def evaluate(state, folder):
+    del folder
     pictures, _ = draw(state, rows * columns)
-    yield path.rpartition('.')[2], images.grid(pictures, columns)
+    yield path.rpartition('.')[2], images.grid(images.shown(pictures), columns)
 
-  return evaluate
+  return Evaluation(evaluate)

@@ -23,6 +23,8 @@ class Task(NamedTuple):
     into microbatches; for what examples are drawn together.
   extra: () -> the first `State.extra`, arrays beside the parameters that a run carries on.
   update: (extra, info) -> extra, once a step, with the info of the whole batch.
+  denoiser: params -> (schedule, (x, level, cond) -> Estimate); cond: dict with `label` int32 [b]
+    where there are classes.
   """
 
   init: Callable[..., Any]
@@ -32,3 +34,4 @@ class Task(NamedTuple):
   prepare: Callable[..., Any] | None = None
   extra: Callable[..., Any] = dict
   update: Callable[..., Any] | None = None
+  denoiser: Callable[..., Any] | None = None

@@ -86,9 +86,13 @@ def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
     return {'importance': times.importance_update(extra['importance'], info['place'], info['met'])}
 
   loss = _loss(config, network, learned, process)
-  sample = _sampling(network, process, first, 'schedule' in learned, self_condition > 0)
+  denoiser = partial(_denoiser, network, process)
+  sample = _sampling(network, denoiser, first, 'schedule' in learned, self_condition > 0)
   prepare = _prepare(config['loss'], network.shape)
-  return Task(init, loss, sample, network.classes, prepare, extra, update if bins else None)
+  update = update if bins else None
+  if self_condition:
+    denoiser = partial(_at_first, denoiser)
+  return Task(init, loss, sample, network.classes, prepare, extra, update, denoiser)
 
 
 def _process(config):
@@ -238,7 +242,24 @@ def _loss(config, network, learned, process):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def _sampling(network, process, first, learned, remembers):
+def _denoiser(network, process, params):
+  """The task's `denoiser`, of a self-conditioned network with `before` in cond."""
+  p = process(params)
+
+  def denoise(x, level, cond):
+    out = network.predict(params, p.prediction, x, level, cond)
+    return predictions.solve(p.prediction, out, x, level)
+
+  return p.schedule, denoise
+
+
+def _at_first(denoiser, params):
+  """The same for a network shown its estimate, which has none yet."""
+  schedule, denoise = denoiser(params)
+  return schedule, lambda x, level, cond: denoise(x, level, {**cond, 'before': jnp.zeros_like(x)})
+
+
+def _sampling(network, denoiser, first, learned, remembers):
   """The task's `sample`. first: the `Process` to check by; learned: whether its schedule is."""
 
   def sample(settings, path):
@@ -251,19 +272,14 @@ def _sampling(network, process, first, learned, remembers):
         f'config.{path}.noise={settings["noise"]!r}; {builds.near(settings["noise"], NOISES)}')
 
     def draw(params, keys, label):
-      p = process(params)
-
-      def denoise(x, level, cond):
-        out = network.predict(params, p.prediction, x, level, cond)
-        return predictions.solve(p.prediction, out, x, level)
-
+      schedule, denoise = denoiser(params)
       cond = {'label': label} if network.classes else {}
       null = {'label': jnp.full_like(label, network.classes)} if network.classes else {}
-      bound = partial(guide, denoise, p.schedule)
+      bound = partial(guide, denoise, schedule)
       guided = _remembering(bound, cond, null, path) if remembers else bound(cond, null)
-      times = grid(p.schedule) if learned else ts
-      x = samplers.initial(p.schedule, times, keys, network.shape)
-      rows = sampler.plan(p.schedule, times)
+      times = grid(schedule) if learned else ts
+      x = samplers.initial(schedule, times, keys, network.shape)
+      rows = sampler.plan(schedule, times)
       return samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
 
     return draw
