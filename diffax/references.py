@@ -11,10 +11,10 @@ import os
 import re
 
 from absl import logging
-from etils import epath
 import jax
 import numpy as np
 
+from diffax import features
 from diffax import metrics
 from diffax import sharding
 from diffax.build import build, ConfigError
@@ -25,11 +25,6 @@ CHUNK = 1000  # images read at once
 FIELDS = ('pool', 'spatial', 'logits', 'label')  # of a `metrics.Set`, a row an image
 OUTSIDE = ('size', 'flip', 'workers', 'on_error')  # what a config's `data` says beside the source
 PLACE = ('data_dir', 'path', 'split')  # where the source lies, and what is said by itself
-
-
-def cache():
-  """The folder of what is computed once: $DIFFAX_CACHE, else ~/.cache/diffax."""
-  return epath.Path(os.environ.get('DIFFAX_CACHE') or '~/.cache/diffax').expanduser()
 
 
 def other(run, split, path):
@@ -46,7 +41,7 @@ def other(run, split, path):
 def images(source, index, size):
   """(images [n h w c], labels int32 [n]) of the records `index`, scaled to a `size` that is not 0.
   """
-  _, pictures, labels = zip(*pipeline._read(source, size or None, 'raise', index.tolist()))
+  _, pictures, labels = zip(*pipeline.read(source, size or None, 'raise', index.tolist()))
   return np.stack(pictures), np.asarray(labels, np.int32)
 
 
@@ -72,15 +67,6 @@ def embedder(network, params, mesh, batch_size):
   return embed
 
 
-def digest(source, count=64):
-  """A hash of `count` records, evenly spaced: two folders of one name are told apart by it."""
-  found = hashlib.sha256()
-  for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
-    record = source[int(i)]
-    found.update(record['image'].tobytes() + bytes([record['label'] % 256]))
-  return found.hexdigest()[:16]
-
-
 def describe(run, source, split, identity):
   """What a reference is of, as plain data. identity: the feature network's."""
   data = run.config['data']
@@ -88,8 +74,7 @@ def describe(run, source, split, identity):
   return {
     'data': {k: v for k, v in data.items() if k not in (*OUTSIDE, *PLACE)},
     'split': split,
-    'count': len(source),
-    'digest': digest(source),
+    'records': features.digest(source),
     'preprocessing': f'centre square resized to {size} as ADM does' if size else 'none',
     'features': identity,
   }
@@ -110,7 +95,7 @@ def of(run, source, split, embed, identity, file=None, keep=FIELDS):
   an epath, None for one in the cache. Raises ConfigError where the file is of something else.
   """
   description = describe(run, source, split, identity) | {'keep': list(keep)}
-  file = file or cache() / 'references' / name(description)
+  file = file or features.cache() / 'references' / name(description)
   found = read(file, description) if file.exists() else None
   if found is None:
     found = _compute(source, run.config['data']['size'], embed, keep)

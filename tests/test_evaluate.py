@@ -82,8 +82,8 @@ def test_loss_of_a_network_that_knows_nothing(schedule, tmp_path):
   x0 = transforms.to_float(np.stack([r['image'] for r in sources.digits('test')]))
   deviation = float(np.sqrt(np.square(x0).mean()))
   run, held_out = entry(
-    'validation', f'schedule={schedule}', 'prediction=edm', f'prediction.sigma_data={deviation}', devices=8, sigma_data=deviation,
-    low=0.02, high=20.0)
+    'validation', f'schedule={schedule}', 'prediction=edm', f'prediction.sigma_data={deviation}',
+    devices=8, sigma_data=deviation, low=0.02, high=20.0)
   found = numbers(run, held_out, train.init(run), tmp_path)
   assert len(found) == 11 and 'e/loss' in found
   np.testing.assert_allclose(list(found.values()), 1.0, atol=0.05)
@@ -160,8 +160,9 @@ def test_references(tmp_path, monkeypatch):
   before = file.read_bytes()
   file.write_bytes(before[:-1000])
   entry('quality', features=spec, reference=str(file), **fields)[1].prepare()
-  found = [dict(np.load(f)) for f in (file,)][0]
-  assert json.loads(str(found['description']))['count'] == 1438 == int(found['moments.count'])
+  found = dict(np.load(file))
+  said = json.loads(str(found['description']))
+  assert said['records']['count'] == 1438 == int(found['moments.count'])
   real = metrics.moments(found['pool'])
   np.testing.assert_allclose(found['moments.cov'], real.cov, atol=1e-9)
 
