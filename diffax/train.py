@@ -167,7 +167,7 @@ def make_step(loss, tx, rate, config, prepare=None, carry=None):
       return jax.tree.map(jnp.add, total, (value, grads)), info
 
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (value, grads), info = jax.lax.scan(add, zero, parts)
+    (value, grads), info = jax.lax.scan(add, zero, parts, unroll=layers.unroll(micro))
     info = jax.tree.map(lambda x: einops.rearrange(x, 'k b ... -> (b k) ...'), info)
     return (value, info), grads
 

@@ -386,6 +386,7 @@ class EDM2(nn.Module):
           split_rngs={'params': True},
           in_axes=(nn.broadcast, 0),
           length=count,
+          unroll=layers.unroll(count),
         )
         x, out = stack(spec, **fields, name=f'{name}_{first}')(x, emb, given)
         outs += [None] * count if out is None else list(out)

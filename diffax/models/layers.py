@@ -21,13 +21,22 @@ def constrain(x, *names):
 layout = nn.logical_axis_rules  # a context: ((logical name, mesh axes), ...)
 
 
-def sinusoids(t, width, longest=10_000.0):
+def sinusoids(t, width, longest=10_000.0, endpoint=False):
   """[cos, sin] of t at width / 2 geometric frequencies from 1 to 1 / longest: [b] -> [b width].
 
-  The time embedding of Ho et al. 2020 and DiT, for t about 0 to 1000. float32.
+  The time embedding of Ho et al. 2020 and DiT, for t about 0 to 1000. endpoint: whether the last
+  frequency is 1 / longest itself (Ho et al.) or would be the next (ADM, DiT). float32.
   """
-  rate = np.exp(-np.log(longest) * np.arange(width // 2) / (width // 2)).astype(np.float32)
+  half = width // 2
+  rate = np.exp(-np.log(longest) * np.arange(half) / (half - endpoint)).astype(np.float32)
   wave = t.astype(jnp.float32)[:, None] * rate[None]
+  return jnp.concatenate([jnp.cos(wave), jnp.sin(wave)], axis=-1)
+
+
+def fourier(t, frequencies):
+  """[cos, sin] of 2 pi t times the frequencies: [b], [n] -> [b 2n], float32; Tancik et al. 2020."""
+  turns = t.astype(jnp.float32)[:, None] * frequencies[None]
+  wave = 2 * np.pi * (turns - jnp.round(turns))  # whole turns would cost digits of the angle
   return jnp.concatenate([jnp.cos(wave), jnp.sin(wave)], axis=-1)
 
 
@@ -73,9 +82,25 @@ def unpatchify(tokens, space, patch):
   return einops.rearrange(tokens, f'b ({places}) ({inner} c) -> b {split} c', **sizes)
 
 
-def attention(q, k, v):
-  """Softmax attention, [b n k d] each; the softmax in float32 whatever the dtype."""
-  return jax.nn.dot_product_attention(q, k, v)
+def attention(q, k, v, mask=None):
+  """Softmax attention, [b n k d] each; the softmax in float32 whatever the dtype.
+
+  mask: [b n], which keys there are, 0 or 1; without any the result is 0. None: all of them.
+  """
+  if mask is None:
+    return jax.nn.dot_product_attention(q, k, v)
+  mask = mask.astype(bool)
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
+  return jnp.where(mask.any(axis=-1)[:, None, None, None], y, 0)
+
+
+def unroll(length):
+  """How many steps of a scan over convolutions to write out: on a CPU all, else one.
+
+  Within a loop XLA for CPUs has no fast program for the gradients of a convolution (it brings the
+  order of their axes into the one that has at the top level of a program alone): 25 times the time.
+  """
+  return length if jax.default_backend() == 'cpu' else 1
 
 
 def flat_dot(x, kernel, dimensions, **options):
@@ -99,3 +124,64 @@ def dropout(x, keys, rate):
     return x
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def group_norm(x, scale, shift, groups, eps):
+  """Group norm over channels and space, Wu & He 2018: [b *space c] -> float32, the same shape.
+
+  scale, shift: of the channels, [c], or of each example's, [b c]: an adaptive norm costs no further
+  pass over x. Raises ValueError where the channels do not divide into the groups.
+  """
+  space = tuple(range(1, x.ndim - 1))
+  if x.shape[-1] % groups:
+    raise ValueError(f'{x.shape[-1]} channels do not divide into {groups} groups')
+  wide = lambda moment: jnp.expand_dims(moment, space)  # [b c] -> [b 1 1 c]
+  x = x.astype(jnp.float32)
+  mean, square = (  # of groups, [b c]
+    jnp.repeat(einops.reduce(m, 'b (g c) -> b g', 'mean', g=groups), x.shape[-1] // groups, axis=-1)
+    for m in (x.mean(space), (x * x).mean(space))
+  )
+  variance = jnp.maximum(square - mean * mean, 0)
+  scale = jnp.atleast_2d(scale) * jax.lax.rsqrt(variance + eps)
+  return x * wide(scale) + wide(jnp.atleast_2d(shift) - mean * scale)
+
+
+def blur(x, taps, before, after, axis, stride=1):
+  """Correlates one axis with `taps` as they stand, zeros beyond the ends; every `stride`-th."""
+  pad = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
+  x = jnp.pad(x, pad)
+  end = x.shape[axis] - len(taps) + 1
+  return sum(
+    tap * jax.lax.slice_in_dim(x, k, k + end, stride, axis) for k, tap in enumerate(taps)
+  )
+
+
+def downsample(x, taps=(1, 1)):
+  """Halves each space axis of [b *space c] behind a symmetric FIR filter of an even length.
+
+  taps: before they are normalised; (1, 1) is the mean of pairs, (1, 3, 3, 1) that of StyleGAN2 and
+  NCSN++. Beyond the edge are zeros. Karras et al. 2019, "Analyzing and Improving StyleGAN".
+  """
+  taps, reach = np.asarray(taps) / sum(taps), len(taps) // 2 - 1
+  for axis in range(1, x.ndim - 1):
+    x = blur(x, taps.tolist(), reach, reach, axis, 2)
+  return x
+
+
+def upsample(x, taps=(1, 1)):
+  """Doubles each space axis of [b *space c], zeros put between, then filtered; see `downsample`.
+
+  (1, 1) repeats each place. Even and odd places are computed each with their half of the taps.
+  """
+  taps, reach = 2 * np.asarray(taps) / sum(taps), len(taps) // 4
+  for axis in range(1, x.ndim - 1):
+    even, odd = (taps[1::2], taps[::2]) if len(taps) % 4 else (taps[::2], taps[1::2])
+    back = len(even) - 1 - reach
+    phases = [
+      blur(x, even.tolist(), reach, back, axis),
+      blur(x, odd.tolist(), back, reach, axis),
+    ]
+    x = jnp.stack(phases, axis + 1).reshape(
+      *x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :]
+    )
+  return x
