@@ -1,35 +1,113 @@
-"""Every config's smoke variant trains and samples through the door."""
+"""Recipes: every smoke variant trains and samples through the door, every other one is sound."""
 
 import json
 import pathlib
+import typing
 
+import jax
 import numpy as np
 import pytest
+import run_diffax
 
+from diffax import config as configs
+from diffax import evaluate
 from diffax import main
+from diffax import train
+from diffax.data import sources
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+SHAPES = {  # of what may not be here, by data set
+  'fashion_mnist': (28, 28, 1, 10),
+  'cifar10': (32, 32, 3, 10),
+  'celeb_a': (218, 178, 3, 0),
+  'imagenet_resized/64x64': (64, 64, 3, 1000),
+  'arrays': (32, 32, 4, 1000),
+}
+
+
+def variants(path):
+  """The variants that a config lists."""
+  found = {}
+  exec(compile(path.read_text(), path, 'exec'), found)
+  return typing.get_args(typing.get_type_hints(found['get_config'])['variant'])
+
+
+REAL = [f'{path}:{variant}' for path in CONFIGS for variant in variants(path)[:-1]]
+
+
+def blank(of: str, split='train') -> sources.Source:
+  """A source of the shape of `of` and no records: what setting up a run asks of one."""
+  *shape, classes = SHAPES[of]
+  dtype = np.dtype(np.float32 if of == 'arrays' else np.uint8)
+  return sources.Source(None, str, 2**20, tuple(shape), classes, dtype)
+
+
+@pytest.fixture
+def quick():
+  """One device and little optimization, for compiling is nearly all that a smoke run takes."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  with run_diffax.devices(1):
+    yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_smoke(path, tmp_path, request):
-  if "name='tfds'" in path.read_text():
+def test_smoke(path, tmp_path, request, quick):
+  if configs.load(f'{path}:smoke')['data']['name'] == 'tfds':
     request.getfixturevalue('data_dir')
   command = ['diffax', '--config', f'{path}:smoke', '--workdir', str(tmp_path)]
   main.main(command)
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert rows and all(np.isfinite(row['loss']) for row in rows)
   assert (tmp_path / 'images' / 'loss.png').exists()
+  shown = [json.loads(line) for line in (tmp_path / 'evals.jsonl').read_text().splitlines()]
+  assert all((tmp_path / row['samples']).exists() for row in shown) and shown
   main.main(
-    [*command, '--mode', 'sample', '--config.sample.count=5', '--config.sample.batch_size=8']
+    [*command, '--mode', 'sample', '--config.sample.count=9', '--config.sample.batch_size=8']
   )
   with np.load(tmp_path / 'samples.npz') as found:
     images, labels = found['arr_0'], found['arr_1']
-  assert images.dtype == np.uint8 and images.shape[0] == len(labels) == 5
+  assert images.dtype == np.uint8 and images.shape[0] == len(labels) == 9
   assert images.ndim == 4
 
 
+@pytest.mark.parametrize('path', REAL, ids=lambda path: pathlib.Path(path).name)
+def test_the_real_thing_sets_up(path):
+  """All of a recipe that needs no records: its network, optimizer, evaluations and sampling."""
+  config = configs.complete(configs.load(path))
+  data = config['data']
+  kept = {k: data[k] for k in ('size', 'flip', 'workers', 'on_error')}
+  if data['name'] != 'digits':
+    config['data'] = dict(name='test_configs.blank', of=data.get('dataset', data['name']), **kept)
+    config['data']['split'] = data['split']
+  run = train.setup(configs.complete(config))
+  assert set(evaluate.entries(run)) == set(config['evals'])
+  assert config['evals']['samples']['every']
+  assert run.task.sample(config['sample'], 'sample')
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_docstring_holds_the_command(path):
+def test_docstring_holds_the_command_and_a_number_or_that_there_is_none(path):
   text = path.read_text().partition('"""')[2].partition('"""')[0]
   assert f'python -m diffax.main --config configs/{path.name}' in text
+  assert 'To reach' in text or 'ot run here' in text or 'was not\nmade yet' in text
+  assert 'GPU' in text or 'CPU' in text  # the hardware
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_form(path):
+  assert variants(path)[0] == 'full' and variants(path)[-1] == 'smoke'
+  lines = [line for line in path.read_text().splitlines() if line.startswith(('import', 'from'))]
+  assert lines == ['from typing import Literal', 'from ml_collections import ConfigDict']
+  assert len(path.read_text().splitlines()) <= 80
+
+
+def test_an_evaluation_can_be_added_from_the_command_line():
+  """As the docstring of configs/celeba64.py has it."""
+  config = configs.override(
+    configs.load(CONFIGS[0].parent / 'celeba64.py'),
+    ['--config.evals.quality.name=quality', '--config.evals.quality.count=50000',
+     '--config.evals.quality.features.name=inception',
+     '--config.evals.quality.features.weights=inception.safetensors'])
+  assert config['evals']['quality']['features']['weights'] == 'inception.safetensors'
+  assert config['evals']['quality']['count'] == 50_000

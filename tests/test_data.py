@@ -377,6 +377,134 @@ def test_tfds_errors(dataset, split, words):
   assert all(word in str(e.value) for word in words) and '\n' not in str(e.value)
 
 
+def test_records_read_at_once_are_those_read_alone():
+  source = prepared('cifar10')
+  places = [49999, 3, 17, 3]
+  for a, i in zip(source.__getitems__(places), places):
+    same(a, source[i])
+
+
+def test_records_read_at_once_are_mended_one_by_one(tree):
+  def read_many(places):
+    if 4 in places:
+      raise OSError('a hole')
+    return [(np.full((8, 8, 3), i, np.uint8), i) for i in places]
+
+  source = sources.Source(lambda i: read_many([i])[0], lambda i: f'record {i}', 9, (8, 8, 3), 9,
+                          read_many=read_many)
+  with pytest.raises(ValueError, match=r'record 4 is broken \(OSError: a hole\)'):
+    pipeline.batch_at(source, 0, 9, seed=0)
+  batch = pipeline.batch_at(source, 0, 9, seed=0, on_error='skip')
+  np.testing.assert_array_equal(np.sort(batch['index']), [0, 1, 2, 3, 5, 5, 6, 7, 8])
+  np.testing.assert_array_equal(batch['label'], batch['index'])
+
+
+# arrays
+
+LATENTS = np.random.default_rng(0).standard_normal((6, 4, 3, 2)).astype(np.float16)
+
+
+def stored(path, records=LATENTS, file='latents.npy'):
+  path.mkdir(parents=True, exist_ok=True)
+  np.save(path / file, records)
+
+
+def test_latents_reach_the_batch_as_they_are_but_mirrored(tmp_path):
+  latents = LATENTS
+  stored(tmp_path / 'train')
+  stored(tmp_path / 'train', np.array([0, 1, 4, 1, 0, 2]), 'labels.npy')
+  source = sources.arrays(tmp_path)
+  assert (len(source), source.shape, source.classes) == (6, (4, 3, 2), 5)
+  assert source.dtype == np.float32 and source[2]['image'].dtype == np.float32
+  same(source[2], dict(image=latents[2].astype(np.float32), label=np.int32(4)))
+  batch = pipeline.batch_at(source, 0, 6, seed=0)
+  np.testing.assert_array_equal(batch['image'], latents[batch['index']])
+  assert batch['image'].dtype == np.float32
+  flipped = pipeline.batch_at(source, 0, 6, seed=0, flip=True)['image']
+  mirrored = [(a == b[:, ::-1]).all() for a, b in zip(flipped, batch['image'])]
+  assert 0 < sum(mirrored) < 6
+  for a, b, m in zip(flipped, batch['image'], mirrored):
+    np.testing.assert_array_equal(a, b[:, ::-1] if m else b)
+
+
+def test_images_of_an_array_are_scaled_and_resized(tmp_path):
+  images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
+  stored(tmp_path, images, file='images.npy')
+  source = sources.arrays(tmp_path)  # the folder itself is the split 'train'
+  assert source.classes == 0 and source.dtype == np.uint8 and source[3]['label'] == 0
+  batch = pipeline.batch_at(source, 0, 5, seed=0)
+  np.testing.assert_array_equal(transforms.to_uint8(batch['image']), images[batch['index']])
+  assert pipeline.batch_at(source, 0, 5, seed=0, size=4)['image'].shape == (5, 4, 4, 3)
+
+
+def test_an_array_is_mapped_also_in_worker_processes(tmp_path):
+  stored(tmp_path / 'train', np.zeros((64, 32, 32, 4), np.float32))
+  stored(tmp_path / 'test', np.ones((9, 32, 32, 4), np.float32))
+  source = sources.arrays(tmp_path)
+  assert len(pickle.dumps(source)) < 2000  # of a megabyte: not the map's contents
+  same(pickle.loads(pickle.dumps(source))[63], source[63])
+  same(take(1, source, 8, seed=0, workers=1)[0], pipeline.batch_at(source, 0, 8, seed=0))
+  assert sources.arrays(tmp_path, 'test')[8]['image'].min() == 1
+
+
+def test_an_array_written_anew_is_opened_anew(tmp_path):
+  stored(tmp_path, np.zeros((6, 4, 3, 2), np.float32))
+  assert sources.arrays(tmp_path)[0]['image'].max() == 0
+  os.utime(tmp_path / 'latents.npy', ns=(1, 1))  # as if long ago
+  assert sources.arrays(tmp_path)[0]['image'].max() == 0
+  (tmp_path / 'latents.npy').unlink()
+  stored(tmp_path, np.ones((7, 4, 3, 2), np.float32))
+  assert len(sources.arrays(tmp_path)) == 7 and sources.arrays(tmp_path)[6]['image'].min() == 1
+
+
+def test_floats_are_not_resized(tmp_path):
+  stored(tmp_path)
+  with pytest.raises(ValueError, match='size=2 scales pictures.*float32.*config.data.size'):
+    pipeline.batches(sources.arrays(tmp_path), 2, seed=0, size=2)
+  with pytest.raises(ValueError, match='uint8 images, not float32'):
+    transforms.resize(np.zeros((4, 4, 1), np.float32), 4)
+
+
+def test_a_record_of_another_dtype_is_named():
+  source = sources.Source(read=lambda i: (np.zeros((8, 8, 3), np.float32), 0),
+                          name_of=lambda i: f'odd {i}', length=1, shape=(8, 8, 3), classes=0)
+  with pytest.raises(ValueError, match='odd 0 is broken.*float32 where the source says uint8'):
+    pipeline.batch_at(source, 0, 1, seed=0)
+
+
+@pytest.mark.parametrize('files, words', [
+  ({'other.npy': np.zeros(3)}, ['holds no array', 'images.npy or latents.npy']),
+  ({'latents.npy': np.zeros(3), 'images.npy': np.zeros(3)}, ['images.npy and latents.npy']),
+  ({'latents.npy': np.zeros((3, 4), np.float32)}, ['float32 [3, 4]', '[n h w c]']),
+  ({'latents.npy': np.zeros((3, 4, 4, 1))}, ['float64', 'float16 or float32']),
+  ({'images.npy': np.zeros((3, 4, 4, 1), np.float32)}, ['is float32', 'must be uint8']),
+  ({'latents.npy': LATENTS, 'labels.npy': np.zeros(5, int)}, ['labels.npy', '[5]', '[6]']),
+  ({'latents.npy': LATENTS, 'labels.npy': np.zeros(6)}, ['labels.npy', 'float64', 'integers']),
+  ({'latents.npy': LATENTS, 'labels.npy': np.arange(6) - 1}, ['label -1', 'from 0']),
+  ({'latents.npy': np.array([{}] * 3)}, ['no readable array', 'np.save']),  # it would be unpickled
+])
+def test_bad_arrays_say_value_and_remedy(tmp_path, files, words):
+  for name, array in files.items():
+    np.save(tmp_path / name, array)
+  with pytest.raises(ValueError) as e:
+    sources.arrays(tmp_path)
+  assert all(word in str(e.value) for word in words) and '\n' not in str(e.value), str(e.value)
+
+
+def test_an_array_that_is_none_or_not_there(tmp_path):
+  with pytest.raises(ValueError, match='no folder .*--config.data.path'):
+    sources.arrays(tmp_path / 'no')
+  (tmp_path / 'latents.npy').write_bytes(b'no array')
+  with pytest.raises(ValueError, match='no readable array'):
+    sources.arrays(tmp_path)
+
+
+def test_a_missing_split_of_arrays_lists_those_there(tmp_path):
+  stored(tmp_path / 'test')
+  with pytest.raises(ValueError, match="'tets': there is test; did you mean test"):
+    sources.arrays(tmp_path, 'tets')
+
+
 # transforms
 
 

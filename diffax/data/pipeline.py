@@ -8,7 +8,7 @@ Slicing by host comes last, so any number of hosts sees the same global batches.
 choice is drawn from (seed, name of the operation, p): adding an operation, worker processes, or
 restarting at a step changes nothing else. A batch is
 
-  image  float32 [b h w c] in [-1, 1]
+  image  float32 [b h w c], in [-1, 1] where the source has pictures (uint8), else as it gives them
   label  int32 [b]
   index  int32 [b], the record's number in the source; `source.name_of` names it
 
@@ -88,14 +88,17 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
     raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
   if size is not None:
     _check_integers(size=(size, 1))
+    if source.dtype != np.uint8:
+      raise ValueError(f'size={size} scales pictures; records of {source.dtype} are taken as they '
+                       'are: leave out config.data.size, and store them at the size to train at')
   elif None in source.shape:
     raise ValueError('the images of this source have no one size: '
                      'give size (--config.data.size=64)')
   if not len(source):
     raise ValueError('the source has no records')
   rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-  read = functools.partial(_read, source, size, on_error)
-  fetch = functools.partial(_fetch, read, len(source), batch_size, rows, seed, flip)
+  reader = functools.partial(read, source, size, on_error)
+  fetch = functools.partial(_fetch, reader, source, batch_size, rows, seed, flip)
   return grain.MapDataset.range(sys.maxsize).map(fetch)
 
 
@@ -173,24 +176,37 @@ def prefetch(iterator, sharding, size=2):
     getattr(iterator, 'close', lambda: None)()
 
 
-def _fetch(read, length, batch_size, rows, seed, flip, k):
+def _fetch(read, source, batch_size, rows, seed, flip, k):
   """The given rows [b] of the batch of step k."""
   p = k * batch_size + rows
-  index, images, labels = zip(*[read(int(record)) for record in order(length, seed, p)])
+  index, images, labels = zip(*read(order(len(source), seed, p).tolist()))
   images = np.stack(images)  # [b h w c]
   if flip:
     images = transforms.flip(images, _uniform(seed, 'flip', int(p[0]), len(p)))
-  return dict(image=transforms.to_float(images), label=np.asarray(labels, np.int32),
-              index=np.asarray(index, np.int32))
+  if source.dtype == np.uint8:
+    images = transforms.to_float(images)
+  return dict(image=images, label=np.asarray(labels, np.int32), index=np.asarray(index, np.int32))
 
 
-def _read(source, size, on_error, record):
+def read(source, size, on_error, records):
+  """[(index, image, label), ...] of records, at `size` if it is not None; see `steps`.
+
+  A broken one is an error or another record is taken in its place, as `on_error` says.
+  """
+  try:  # at once where the source can
+    found = source.__getitems__(records)
+    return [(i, *_image_and_label(source, record, size)) for i, record in zip(records, found)]
+  except Exception:  # also where it cannot: then one by one, to know which is broken
+    return [_read_one(source, size, on_error, i) for i in records]
+
+
+def _read_one(source, size, on_error, record):
   """(index, image, label) of a record, or of the next good one where that is asked for."""
   tries = min(TRIES, len(source)) if on_error == 'skip' else 1
   for i in range(record, record + tries):
     i %= len(source)
     try:
-      return i, *_image_and_label(source, i, size)
+      return i, *_image_and_label(source, source[i], size)
     except Exception as e:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
       broken = f'{source.name_of(i)} is broken ({type(e).__name__}: {" ".join(str(e).split())})'
       if on_error == 'raise':
@@ -200,8 +216,7 @@ def _read(source, size, on_error, record):
   raise ValueError(f'{tries} records in a row are broken, the last: {broken}')
 
 
-def _image_and_label(source, i, size):
-  record = source[i]
+def _image_and_label(source, record, size):
   image = record['image']
   if size is not None:
     image = transforms.resize(image, size)
@@ -210,6 +225,8 @@ def _image_and_label(source, i, size):
     expected = tuple(source.shape)
   if image.shape != expected:  # np.stack would complain without saying which
     raise ValueError(f'shape {image.shape} where {expected} is expected')
+  if image.dtype != source.dtype:  # it decides whether they are scaled
+    raise ValueError(f'dtype {image.dtype} where the source says {source.dtype}')
   return image, record['label']
 
 

@@ -4,11 +4,14 @@
 `Source` or anything that behaves like one, so one of your own is a function in a module of yours:
 
   len(source)         number of records
-  source[i]           dict(image=uint8 [h w c], label=int32 []); raises where the record is broken
+  source[i]           dict(image=[h w c], label=int32 []); raises where the record is broken
+  source.dtype        of every image: uint8 for pictures, float32 for latents and the like, which
+                      reach the network as they are
   source.shape        (h, w, c); h and w are None where the images have no one size
   source.classes      number of classes, 0 where there are none (label is then 0)
   source.name_of(i)   what an error calls record i
 
+and, where many records are read faster at once, `source.__getitems__([i, ...])`, a list of them.
 Nothing is decoded before a record is asked for, and a source pickles, so that worker processes can
 do the decoding.
 """
@@ -25,16 +28,22 @@ from etils import epath
 import numpy as np
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of `arrays`
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Random access to `length` images; `read(i) -> (uint8 [h w c], label)` must pickle."""
+  """Random access to `length` images; `read(i) -> ([h w c] of `dtype`, label)` must pickle.
+
+  read_many: the same of [i, ...], a list; for what is read faster at once.
+  """
   read: Callable
   name_of: Callable[[int], str]
   length: int
   shape: tuple[int | None, int | None, int]
   classes: int
+  dtype: np.dtype = np.dtype(np.uint8)
+  read_many: Callable | None = None
 
   def __len__(self):
     return self.length
@@ -44,6 +53,12 @@ class Source:
       raise IndexError(f'record {i} of {self.length}')
     image, label = self.read(int(i))
     return dict(image=image, label=np.int32(label))
+
+  def __getitems__(self, indices):
+    """[record, ...] of many places, as grain and PyTorch name it; raises where one is broken."""
+    if not self.read_many:
+      return [self[i] for i in indices]
+    return [dict(image=image, label=np.int32(label)) for image, label in self.read_many(indices)]
 
 
 # digits: 8x8, inside scikit-learn, so that everything runs before anything is downloaded
@@ -102,17 +117,18 @@ def tfds(dataset, split='train', data_dir=None) -> Source:
   if not isinstance(split, str) or split.split('[')[0] not in builder.info.splits:
     _known(f'split of {dataset}', split, builder.info.splits)
   feature, (h, w, c), classes = _image_feature(dataset, builder.info.features)
-  skip = {feature: tensorflow_datasets.decode.SkipDecoding()}
+  raw = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
   try:
-    # tfds's own decoding takes twice as long, and cannot bring a grey JPEG to 3 channels
-    records = builder.as_data_source(split=split, decoders=skip)
+    # tfds's own decoding takes nearly twice as long, and cannot bring a grey JPEG to 3 channels
+    records = builder.as_data_source(split, deserialize_method=raw, file_format='array_record')
   except ValueError as e:  # a malformed slice such as train[:1x]
     raise ValueError(f'{dataset} cannot read split {split!r}: {_one_line(e)}') from e
   except NotImplementedError as e:
     raise ValueError(f'{prepared[dataset]} is not in a format of random access: prepare it again '
                      "with file_format='array_record'") from e
+  what = records, feature, c, 'label' if classes else None
   return Source(
-    read=functools.partial(_read_tfds, records, feature, c, 'label' if classes else None),
+    read=functools.partial(_read_tfds, *what), read_many=functools.partial(_read_many_tfds, *what),
     name_of=functools.partial(_record_name, f'{dataset}/{split}'),
     length=len(records), shape=(h, w, c), classes=classes)
 
@@ -148,8 +164,20 @@ def _image_feature(dataset, features):
 
 
 def _read_tfds(records, feature, channels, label, i):
-  record = records[i]
-  return decode(record[feature], channels), record[label] if label else 0
+  return _example(records[i], feature, channels, label)
+
+
+def _read_many_tfds(records, feature, channels, label, indices):
+  # reading one by one takes up to three times as long as reading at once
+  return [_example(data, feature, channels, label) for data in records.__getitems__(indices)]
+
+
+def _example(data, feature, channels, label):
+  """(image, label) of a serialized tf.train.Example."""
+  from tensorflow_datasets.proto import tf_example_pb2
+  record = tf_example_pb2.Example.FromString(data).features.feature
+  image = decode(record[feature].bytes_list.value[0], channels)
+  return image, record[label].int64_list.value[0] if label else 0
 
 
 # folder: one image file a record
@@ -214,6 +242,88 @@ def decode(data, channels):
     mode = {1: 'L', 3: 'RGB'}[channels]
     pixels = np.array(image if image.mode == mode else image.convert(mode))
   return pixels[:, :, None] if channels == 1 else pixels
+
+
+# arrays: one file of equal records, above all latents of an autoencoder
+
+
+def arrays(path, split='train') -> Source:
+  """Records of one array, memory-mapped: pictures or latents, and their labels where there are any.
+
+  A folder path/split, or `path` itself for 'train', holds either of
+
+    images.npy    uint8 [n h w c]
+    latents.npy   float16 or float32 [n h w c], given to the network as float32, unscaled: store
+                  them at the scale the schedule expects, about unit variance
+
+  and may hold labels.npy, integers [n] from 0, of which there are max + 1 classes. To make one:
+
+    out = np.lib.format.open_memmap('latents.npy', 'w+', np.float16, (n, 32, 32, 4))
+    out[i:i + len(z)] = z                    # a batch at a time; out.flush() at the end
+    np.save('labels.npy', labels)
+
+  Args:
+    path: a folder on a local disk.
+    split: name of a subfolder; only 'train' may be missing, and is then what `path` holds.
+
+  Raises:
+    ValueError: there is no such folder, split or file, or its rank, dtype or count is another. No
+      file is unpickled.
+  """
+  if not os.path.isdir(path):
+    raise ValueError(f'there is no folder {str(path)!r} on this machine: set --config.data.path to '
+                     'the one that holds images.npy or latents.npy')
+  parts = sorted(p.name for p in os.scandir(path) if p.is_dir())
+  if split in parts or split != 'train':
+    _known(f'split in {path}', split, parts)
+    path = os.path.join(path, split)
+  present = [name for name in ARRAYS if os.path.exists(os.path.join(path, name))]
+  if len(present) != 1:
+    raise ValueError(f'{path} holds {" and ".join(present) or "no array"}: '
+                     f'put one file there, {" or ".join(ARRAYS)}')
+  file = os.path.join(path, present[0])
+  records = _mapped(file, os.stat(file).st_mtime_ns)
+  allowed = ARRAYS[present[0]]
+  if records.ndim != 4 or records.dtype.name not in allowed:
+    raise ValueError(f'{file} is {records.dtype} {list(records.shape)}: '
+                     f'it must be {" or ".join(allowed)} [n h w c]')
+  labels = _labels(os.path.join(path, 'labels.npy'), len(records))
+  return Source(
+    read=functools.partial(_read_array, file, os.stat(file).st_mtime_ns, labels),
+    name_of=functools.partial(_record_name, file), length=len(records), shape=records.shape[1:],
+    classes=int(labels.max(initial=-1)) + 1,
+    dtype=np.dtype(np.uint8 if records.dtype == np.uint8 else np.float32))
+
+
+def _labels(file, count):
+  """int32 [count] of a labels.npy, [0] where there is none."""
+  if not os.path.exists(file):
+    return np.zeros(0, np.int32)
+  labels = _mapped(file, os.stat(file).st_mtime_ns)
+  if labels.shape != (count,) or labels.dtype.kind not in 'iu':
+    raise ValueError(f'{file} is {labels.dtype} {list(labels.shape)}: '
+                     f'it must be integers [{count}], one for each record')
+  if labels.min(initial=0) < 0:
+    raise ValueError(f'{file} has a label {labels.min()}: labels count from 0')
+  return np.asarray(labels, np.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped(file, stamp):
+  """The array of a .npy file, opened once a process: a map would pickle as all that it maps."""
+  del stamp  # when it was written: a file made anew is opened anew
+  try:
+    return np.load(file, mmap_mode='r', allow_pickle=False)
+  except (OSError, ValueError, EOFError) as e:  # cut short, objects, or no .npy at all
+    raise ValueError(f'{file} is no readable array ({_one_line(e)}): '
+                     'write it with np.save or open_memmap') from e
+
+
+def _read_array(file, stamp, labels, i):
+  image = np.array(_mapped(file, stamp)[i])  # [h w c]
+  if image.dtype != np.uint8:
+    image = image.astype(np.float32)
+  return image, labels[i] if len(labels) else 0
 
 
 def _known(what, value, allowed, remedy=''):

@@ -16,8 +16,13 @@ def resize(image, size):
   Returns:
     uint8 [size size c].
 
+  Raises:
+    ValueError: the image is not uint8.
+
   Source: github.com/openai/guided-diffusion, image_datasets.py, `center_crop_arr`.
   """
+  if image.dtype != np.uint8:  # a grey float would pass, as PIL's mode F
+    raise ValueError(f'resize takes uint8 images, not {image.dtype}')
   h, w, c = image.shape
   if (h, w) == (size, size):
     return image
@@ -41,7 +46,9 @@ def flip(images, u):
     u: [b], uniform in [0, 1). Numbers rather than a generator, so that each example's
       coin is its own and does not depend on the batch that it is in.
   """
-  return np.where((u < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+  out, mirrored = images.copy(), u < 0.5
+  out[mirrored] = images[mirrored, :, ::-1]
+  return out
 
 
 def to_float(images):
