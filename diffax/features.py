@@ -176,7 +176,7 @@ def _read(path, names):
   import safetensors
 
   with open(path, 'rb') as file:
-    digest = hashlib.filedigest(file, 'sha256').hexdigest()
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
   with safetensors.safe_open(path, framework='np') as file:
     return {name: file.get_tensor(name) for name in names}, digest
 
