@@ -42,7 +42,8 @@ setup(
         'gcs': ['gcsfs', 'google-cloud-storage'],  # gs:// workdirs and their TensorBoard events
         'diffrax': ['diffrax>=0.6'],  # solvers.sample_diffrax
         'test': ['diffrax>=0.6', 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
-                 'pytest>=8.0', 'ruff>=0.9', 'safetensors>=0.5', 'tensorboard>=2.18'],
+                 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'safetensors>=0.5',
+                 'tensorboard>=2.18'],
         'weights': ['safetensors>=0.5'],  # inception and dinov2 of diffax.features
         'benchmark': ['torch>=2.4'],
     },

@@ -85,8 +85,11 @@ def test_kill(count, straight, tmp_path):
   assert not (workdir / 'checkpoints' / str(STEPS)).exists()
   process = start(workdir, count)  # between two checkpoints, after some lines of metrics
   process.says('step 12/20')
+  assert process.until((workdir / 'checkpoints' / '10').exists)  # it is written beside the steps
   assert process.send(signal.SIGKILL) == -signal.SIGKILL
-  assert 'going on from the checkpoint of step 10' in finish(workdir, count)
+  newest = checkpoint.present(workdir / 'checkpoints')[-1]
+  assert newest in (10, 15)
+  assert f'going on from the checkpoint of step {newest}' in finish(workdir, count)
   assert not list(workdir.glob('checkpoints/*tmp*'))
   assert_same_end(workdir, straight(count))
 
