@@ -55,7 +55,7 @@ def quality(
     return build('diffax.metrics', spec, path=f'{path}.metrics', offer=offer)
 
   def prepare():
-    if known:
+    if 'embed' in known:
       return
     params, identity = network.load()
     embed = references.embedder(network, params, run.mesh, settings['batch_size'])
