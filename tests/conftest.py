@@ -26,6 +26,13 @@ def data_dir():
   return path
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget():
+  """Compiled programs go with their file's tests, else they come to gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
   """Float64 for one test, where an order of convergence or a derivative is measured."""
