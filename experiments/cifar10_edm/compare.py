@@ -449,30 +449,13 @@ def loss_plot(path, results):
 def ours(args):
   """diffax's side of `speed`: the step as the training loop compiles it, on one batch."""
   turns.pin(args.threads)
-  import ours as product  # of ../throughput
-  from diffax import sharding
+  import ours as program  # of ../throughput
 
-  run = of_config(args)
   with np.load(args.data) as held:
     image, label = held['image'], held['label']
-  batch = {
-    'image': (image / 127.5 - 1).astype('f4'), 'label': label.astype('i4'),
-    'index': np.arange(len(label), dtype='i4'),
-  }
-  batch = jax.device_put(batch, sharding.batch(run.mesh))
-  state, step = train.init(run), train.compile_step(run)
-  facts = {
-    'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-    'version': f'jax {jax.__version__}, {jax.devices()[0].platform}',
-  }
-
-  def advance(steps):
-    nonlocal state
-    for _ in range(steps):
-      state, metrics = step(state, batch)
-    return float(metrics['loss'])
-
-  turns.serve(facts, advance, product.matmul, args.steps)
+  batch = {'image': (image / 127.5 - 1).astype('f4'), 'label': label.astype('i4')}
+  advance, facts = program.running(of_config(args), batch)
+  turns.serve(facts, advance, program.matmul, args.steps)
 
 
 def speed(args):

@@ -35,9 +35,13 @@ def setup_run(preset, batch, side, **model):
 
 
 def setup(preset, batch, threads):
-  """(advance, facts): `advance(steps)` trains on one batch and waits; threads follow affinity."""
+  """`running` of a DiT; threads follow affinity."""
   del threads
-  run = setup_run(preset, len(batch['image']), batch['image'].shape[1])
+  return running(setup_run(preset, len(batch['image']), batch['image'].shape[1]), batch)
+
+
+def running(run, batch):
+  """(advance, facts) of a `train.Run`: `advance(steps)` trains on one batch and waits."""
   batch = jax.device_put(
     batch | {'index': np.arange(len(batch['image']), dtype=np.int32)}, sharding.batch(run.mesh)
   )
