@@ -8,8 +8,8 @@
 
 parity  The two are one network: on weights drawn by numpy, outputs, losses and gradients agree, and
         so do the learning rates and decays of every step. Exit code 1 where they do not.
-train   Trains the twin on as many images as the newest checkpoint of the workdir has seen, into
-        WORKDIR/twin.
+train   Trains the twin on as many images as the newest checkpoint of the workdir has seen, or as
+        one of --step will have, into WORKDIR/twin.
 judge   Puts the twin's averaged weights in diffax's place and carries out the config's evaluations
         on both, with the same code, seeds and counts; writes results.json, table.md, loss.png and
         samples.png to --out (WORKDIR/comparison).
@@ -33,6 +33,7 @@ import tempfile
 import turns
 from turns import train_step
 
+from diffax import checkpoint
 from diffax import config as configs
 from diffax import evaluate
 from diffax import images
@@ -210,7 +211,7 @@ def of_config(args):
 
 
 def of_workdir(args):
-  """(run, step of the newest checkpoint or --step, workdir) of --workdir. Raises ConfigError."""
+  """(run, --step or that of the newest checkpoint, workdir) of --workdir. Raises ConfigError."""
   workdir = epath.Path(args.workdir)
   if not (workdir / 'config.json').exists():
     raise ConfigError(
@@ -218,10 +219,10 @@ def of_workdir(args):
       '--config configs/cifar10_edm.py:cpu --workdir'
     )
   config = configs.override(configs.read(workdir / 'config.json'), args.overrides)
-  steps = [int(p.name) for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit()]
-  if not steps:
-    raise ConfigError(f'--workdir={workdir} has no checkpoint yet: train it first')
-  return train.setup(config), max(steps), workdir
+  steps = checkpoint.present(workdir / 'checkpoints')
+  if not args.step and not steps:
+    raise ConfigError(f'--workdir={workdir} has no checkpoint yet: train it first, or say --step')
+  return train.setup(config), args.step or steps[-1], workdir
 
 
 # --- parity ---------------------------------------------------------------------------------------
@@ -540,6 +541,7 @@ def arguments(argv):
   parser.add_argument('command', choices=COMMANDS)
   parser.add_argument('--config', default=f'{RECIPE}:cpu', help='parity, speed: FILE[:variant]')
   parser.add_argument('--workdir', help='train, judge: of our run')
+  parser.add_argument('--step', type=int, default=0, help='train, judge: of our run (newest)')
   python = os.environ.get('DIFFAX_TORCH') or sys.executable
   parser.add_argument('--torch-python', default=python, help='the python that has torch')
   parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
