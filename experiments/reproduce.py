@@ -123,10 +123,11 @@ def curves(workdir):
     raise ConfigError(
       f'--workdir={workdir} is at step {at} of {config["steps"]}: let it finish before it is stored'
     )
-  environment = workdir / 'environment.json'
+  file = workdir / 'environment.json'
+  environment = json.loads(file.read_text())[-1] if file.exists() else {}
   return {
     'digest': digest(config),
-    'environment': json.loads(environment.read_text())[-1] if environment.exists() else {},
+    'environment': {k: v for k, v in environment.items() if k != 'command'},  # paths of a machine
     'false_alarms': FALSE_ALARMS,
     'loss': windows(rows),
     'rows': [[row['step'], row['loss']] for row in rows],
