@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import turns
 
 LAST = torch.channels_last
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def trainer(spec):
   average: the averaged parameters, a list in the order of the net's.
   """
   torch.manual_seed(spec['seed'])
-  net = UNet(spec).to(memory_format=LAST).train()
+  net = UNet(spec).to(DEVICE, memory_format=LAST).train()
   params = list(net.parameters())
   average = [p.detach().clone() for p in params]
   adam = torch.optim.Adam(params, 0.0, (spec['b1'], spec['b2']), spec['adam_eps'], fused=True)
@@ -193,11 +194,12 @@ def trainer(spec):
 
   def update(images, label):
     nonlocal count
-    y = images.permute(0, 3, 1, 2)
-    sigma = (spec['mean'] + spec['std'] * torch.randn(len(y))).exp()
+    y, label = images.to(DEVICE).permute(0, 3, 1, 2), label.to(DEVICE)
+    sigma = (spec['mean'] + spec['std'] * torch.randn(len(y), device=DEVICE)).exp()
     sigma = sigma.clamp(spec['sigma_min'], spec['sigma_max'])
     if spec['classes']:
-      label = torch.where(torch.rand(len(y)) < spec['drop_cond'], spec['classes'], label)
+      drop = torch.rand(len(y), device=DEVICE) < spec['drop_cond']
+      label = torch.where(drop, spec['classes'], label)
     loss = losses(net, spec, y, sigma, torch.randn_like(y), label).mean()
     adam.zero_grad(set_to_none=True)
     loss.backward()
@@ -237,21 +239,21 @@ def batches(spec, data):
 def train(spec, data, out):
   """Trains for the spec's steps; writes log.jsonl and the averaged weights.npz into `out`."""
   net, average, update = trainer(spec)
-  source, total, mark = batches(spec, data), torch.zeros(()), time.perf_counter()
+  source, total, mark = batches(spec, data), torch.zeros((), device=DEVICE), time.perf_counter()
   with open(out / 'log.jsonl', 'w') as log:
     for step in range(1, spec['steps'] + 1):
       total += update(*next(source))
       if step % spec['log_every'] == 0:
         now, loss = time.perf_counter(), total.item() / spec['log_every']
         pace = spec['log_every'] * spec['batch_size'] / (now - mark)
-        total, mark = torch.zeros(()), now
+        total, mark = torch.zeros_like(total), now
         log.write(json.dumps({'step': step, 'loss': loss, 'images_per_second': pace}) + '\n')
         log.flush()
         print(f'twin {step}/{spec["steps"]}  loss {loss:.4f}  {pace:.0f} images/s', flush=True)
         if not math.isfinite(loss):
           raise SystemExit(f'the loss is {loss}: stopped at step {step}')
   names = [name for name, _ in net.named_parameters()]
-  np.savez(out / 'weights.npz', **{name: p.numpy() for name, p in zip(names, average)})
+  np.savez(out / 'weights.npz', **{name: p.cpu().numpy() for name, p in zip(names, average)})
 
 
 def answers(spec, data, out):
@@ -295,12 +297,12 @@ def serve(spec, data, steps):
     return loss.item()
 
   def matmul(n):
-    a = torch.ones(n, n)
-    return lambda: a @ a
+    a = torch.ones(n, n, device=DEVICE)
+    return lambda: (a @ a)[0, 0].item()  # which waits for it
 
   facts = {
     'parameters': sum(p.numel() for p in average),
-    'version': f'torch {torch.__version__}',
+    'version': f'torch {torch.__version__}, {DEVICE}',
     'flop_an_image': flop(update, batch) / spec['batch_size'],
   }
   turns.serve(facts, advance, matmul, steps)
