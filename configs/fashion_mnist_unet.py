@@ -3,10 +3,10 @@
   python -m diffax.main --config configs/fashion_mnist_unet.py --workdir runs/fashion_mnist_unet
   python -m diffax.main --config configs/fashion_mnist_unet.py:cpu --workdir runs/fashion_mnist_cpu
 
-`full`: one GPU; 1.5e17 FLOP, half an hour at 100 TFLOP/s; not run. `cpu`: two cores, about 40
-minutes at 120 GFLOP/s, to a Fréchet distance of 1.5 (real images: 0.2) in the features of a
-classifier of its own, and clothes that look like clothes: experiments/fashion_mnist_unet_cpu. Its
-U-Net is narrow at 28x28 and has most of its channels at 14x14 and 7x7.
+`full`: one GPU; 1.5e17 FLOP, half an hour at 100 TFLOP/s; not run. `cpu`: one CPU core, some 70
+minutes of training, to a Fréchet distance of 1.5 (real images: 0.2) in the features of a classifier
+of its own, and clothes that look like clothes: experiments/fashion_mnist_unet_cpu. Its U-Net is
+narrow at 28x28 and has most of its channels at 14x14 and 7x7.
 
 The data is the TFDS set `fashion_mnist`, prepared under $DIFFAX_DATA/tfds. What is measured, every
 so often and at the end: a grid, the distances and shares of `quality` by a classifier trained on
