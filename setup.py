@@ -46,5 +46,6 @@ setup(
                  'tensorboard>=2.18'],
         'weights': ['safetensors>=0.5'],  # inception and dinov2 of diffax.features
         'benchmark': ['torch>=2.4'],
+        'tokamax': ['tokamax>=0.0.12'],  # attention='tokamax', on GPUs and TPUs
     },
 )

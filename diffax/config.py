@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import inspect
 import json
+import os
 import re
 import typing
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ml_collections import config_dict
 from ml_collections import config_flags
 
 from diffax import build
+from diffax import sharding
 from diffax.build import ConfigError
 
 
@@ -117,13 +119,16 @@ DEFAULTS = dict(
   optimizer=dict(name='adamw'),
   learning_rate=dict(name='constant_schedule', value=1e-4),
   ema=(0.9999,),
-  mesh=dict(data=-1, fsdp=1),
-  sharding=(('.*', 'fsdp'),),
+  ema_on_host=False,  # averages lie in the memory of the hosts, and visit the devices each step
+  mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1),
+  sharding=sharding.RULES,
+  attention='auto',
   log_every=50,
   save_every=1000,
   # checkpoints: the newest ones, and those at multiples of `every`; power-function averages: at
   # multiples of `averages`, for others to be made of; 0 is never
   keep=dict(last=3, every=0, averages=0),
+  watchdog=45.0,  # seconds after which a host that stands still ends the run; 0 is never
   evals={},
   sample=dict(count=64, **SHOWN),
 )
@@ -134,14 +139,22 @@ FREE = (
   'accumulate',
   'mesh',
   'sharding',
+  'attention',
+  'ema_on_host',
   'log_every',
   'save_every',
+  'watchdog',
   'keep',
   'evals',
   'sample',
   'data.workers',
   'model.remat',
 )
+
+
+def cache():
+  """The folder of what is computed once: $DIFFAX_CACHE, else ~/.cache/diffax."""
+  return epath.Path(os.environ.get('DIFFAX_CACHE') or '~/.cache/diffax').expanduser()
 
 
 def load(path):
@@ -416,9 +429,13 @@ def write(path, text):
 def read(path):
   """A config that `save` wrote. Raises ConfigError where the file is damaged."""
   try:
-    return _plain(json.loads(path.read_text()))
+    config = _plain(json.loads(path.read_text()))
   except ValueError as error:
     raise ConfigError(f'{path} is not readable JSON ({error})') from error
+  remat = config.get('model', {}).get('remat')
+  if isinstance(remat, bool):  # as it was spelled before it was the name of a policy
+    config['model']['remat'] = 'nothing_saveable' if remat else 'dots_saveable'
+  return config
 
 
 def differences(old, new):

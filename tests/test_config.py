@@ -28,7 +28,7 @@ def ramp(low: float, high=2.0, flag=False):
 
 @pytest.mark.parametrize('override, wanted', [
   ('model.dtype=bfloat16', 'bfloat16'),
-  ('model.remat=true', True),
+  ('model.remat=none', 'none'),
   ('data.flip=True', True),
   ('data.flip=false', False),
   ('optimizer.b2=0.95', 0.95),
@@ -203,7 +203,7 @@ def test_wrong(override, said):
   ('del c.model.width', 'width'),
   ('del c.model.name', 'model.*allowed: adm, ddpm, ddpmpp, dit'),
   ('c.model = 3', 'model'),
-  ('c.mesh.tensor = 3', 'tensor'),
+  ('c.mesh.pipeline = 3', 'pipeline'),
   ('syntax error', 'SyntaxError'),
 ])
 def test_wrong_file(text, said, tmp_path):
@@ -266,7 +266,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize('override', [
   'steps=99', 'accumulate=2', 'mesh.fsdp=4', 'log_every=2', 'save_every=3', 'keep.last=9',
   'evals.samples.every=7', 'sample.count=3', 'sample.sampler=ddim', 'data.workers=1',
-  'model.remat=true'])
+  'model.remat=none', 'attention=xla', 'ema_on_host=true', 'watchdog=9'])
 def test_free(override):
   """What a run may change and go on."""
   assert configs.differences(run_diffax.config(), run_diffax.config(override)) == []

@@ -15,7 +15,8 @@ LAYERS = {
                   'metrics'),
   'models': ('models',),
   'data': ('data',),
-  'machinery': ('build', 'config', 'sharding', 'checkpoint', 'optim', 'log', 'images'),
+  'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
+                'images'),
   'tasks': ('tasks',),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
   'doors': ('main',),
@@ -30,9 +31,9 @@ MAY_IMPORT = {
   'loops': (*LOWER, 'tasks', 'loops'),
   'doors': tuple(LAYERS),
 }
-OUTSIDE = {  # other packages, where it is not just any
-  'mathematics': {'jax', 'numpy', 'einops', 'optax', 'diffrax'},  # the last two in functions alone
-  'models': {'jax', 'numpy', 'einops', 'flax'},
+OUTSIDE = {  # other packages, where it is not just any; optax and the like in functions alone
+  'mathematics': {'jax', 'numpy', 'einops', 'optax', 'diffrax'},
+  'models': {'jax', 'numpy', 'einops', 'flax', 'tokamax'},
 }
 
 

@@ -1,5 +1,7 @@
 """One run, any mesh: losses, gradients and updates are the same; every example has its own key."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -12,22 +14,47 @@ from diffax import train
 from diffax.build import ConfigError
 
 # Dropout and dropped conditions, so that their keys are tested too; sgd, for Adam scales rounding.
-OVERRIDES = ('model.dropout=0.2', 'task.drop_cond=0.5', 'optimizer.name=sgd', 'optimizer.clip=0.',
+OVERRIDES = ('task.drop_cond=0.5', 'optimizer.name=sgd', 'optimizer.clip=0.',
              'learning_rate.name=constant_schedule', 'learning_rate.value=0.5', 'ema=()')
-MESHES = {'1': (1, 1, 1), 'data 8': (8, 8, 1), 'fsdp 8': (8, 1, 8), '2x4': (8, 2, 4)}
-FEW = [('data 8', 2), ('fsdp 8', 1), ('2x4', 4)]
+MODELS = {
+  'dit': ('model.width=64', 'model.heads=4'),
+  'unet': (
+    'model.name=unet', 'model.width=16', 'model.multipliers=(1, 2)', 'model.blocks=2',
+    'model.attention=(4,)', 'model.heads=1', 'model.head_width=8', 'model.classes=10',
+  ),
+  'edm2': (
+    'model.name=edm2', 'model.width=16', 'model.multipliers=(1, 2)', 'model.blocks=2',
+    'model.attention=(4,)', 'model.head=8', 'model.classes=10',
+  ),
+}
+MESHES = {
+  'one device': {}, 'data 8': dict(data=8), 'fsdp 8': dict(fsdp=8),
+  'data 2, fsdp 4': dict(data=2, fsdp=4),
+  'sequence 4': dict(sequence=4), 'tensor 4': dict(tensor=4),
+  'fsdp 2, tensor 4': dict(fsdp=2, tensor=4), 'data 2, sequence 4': dict(data=2, sequence=4),
+  'fsdp 2, sequence 2, tensor 2': dict(fsdp=2, sequence=2, tensor=2),
+}
+MICRO = {'dit': (1, 2, 4), 'unet': (1, 2), 'edm2': (1, 2)}
+ALL = [(model, mesh, micro) for model in MODELS for mesh in MESHES for micro in MICRO[model]]
+FEW = [
+  ('dit', 'data 8', 2), ('dit', 'fsdp 8', 1), ('dit', 'data 2, fsdp 4', 4),
+  ('dit', 'data 2, sequence 4', 1), ('dit', 'tensor 4', 1),
+  ('dit', 'fsdp 2, sequence 2, tensor 2', 2), ('unet', 'fsdp 2, sequence 2, tensor 2', 1),
+  ('edm2', 'fsdp 2, sequence 2, tensor 2', 1),
+]
 SPLIT = PartitionSpec(None, None, 'fsdp')
-ALL = [(mesh, micro) for mesh in MESHES for micro in (1, 2, 4)]
 
 
-def build(mesh, micro=1, *more):
-  count, data, fsdp = MESHES[mesh]
+def build(mesh, micro=1, *more, model='dit'):
+  axes = dict.fromkeys(sharding.AXES, 1) | MESHES[mesh]
+  sizes = [f'mesh.{axis}={n}' for axis, n in axes.items()]
   return run_diffax.setup(
-    *OVERRIDES, f'accumulate={micro}', f'mesh.data={data}', f'mesh.fsdp={fsdp}', *more, count=count)
+    *OVERRIDES, f'accumulate={micro}', *sizes, *MODELS[model], 'model.dropout=0.2', *more,
+    count=int(np.prod(list(axes.values()))))
 
 
 def begin(run):
-  """A state whose parameters are far from the zeros a DiT begins with."""
+  """A state whose parameters are far from the zeros a network begins with."""
   def noise(path, x):
     seed = sum(map(ord, sharding.name(path)))
     return 0.1 * np.random.default_rng(seed).standard_normal(x.shape).astype(x.dtype)
@@ -43,41 +70,41 @@ def one_step(run):
   return state, metrics
 
 
-@pytest.fixture(scope='module')
-def alone():
+@functools.cache
+def alone(model):
   """The step on one device."""
-  return one_step(build('1'))
+  return one_step(build('one device', model=model))
 
 
-def check(mesh, micro, alone):
-  state, metrics = one_step(build(mesh, micro))
+def check(model, mesh, micro):
+  state, metrics = one_step(build(mesh, micro, model=model))
   for name in ('loss', 'grad_norm'):
-    assert float(metrics[name]) == pytest.approx(float(alone[1][name]), rel=1e-5), name
-  found, wanted = run_diffax.flat(state.params), run_diffax.flat(alone[0].params)
+    assert float(metrics[name]) == pytest.approx(float(alone(model)[1][name]), rel=1e-5), name
+  found, wanted = run_diffax.flat(state.params), run_diffax.flat(alone(model)[0].params)
   for key in wanted:
     np.testing.assert_allclose(found[key], wanted[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize('mesh, micro', FEW)
-def test_step(mesh, micro, alone):
-  check(mesh, micro, alone)
+@pytest.mark.parametrize('model, mesh, micro', FEW)
+def test_step(model, mesh, micro):
+  check(model, mesh, micro)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, micro', [pair for pair in ALL if pair not in FEW])
-def test_every_step(mesh, micro, alone):
-  check(mesh, micro, alone)
+@pytest.mark.parametrize('model, mesh, micro', [each for each in ALL if each not in FEW])
+def test_every_step(model, mesh, micro):
+  check(model, mesh, micro)
 
 
 def test_times_and_noise():
   """Bit for bit the same on all meshes; dropout and dropped labels are on, and matter."""
-  run = build('1')
+  run = build('one device')
   _, losses, info = train.each_loss(run, begin(run))
   assert len(set(info['t'].tolist())) == len(losses)  # each its own
-  run = build('2x4')
+  run = build('data 2, fsdp 4')
   batch, other, there = train.each_loss(run, begin(run))
   np.testing.assert_allclose(other, losses, rtol=1e-4)
-  for mesh in ('data 8', 'fsdp 8', '2x4'):
+  for mesh in ('data 8', 'fsdp 8', 'data 2, fsdp 4'):
     run = build(mesh)
     draw = jax.jit(lambda state, batch: run.task.loss(  # noqa: B023
       state.params, state, batch, train.example_keys(0, state.step, 32))[1])
@@ -87,7 +114,7 @@ def test_times_and_noise():
       np.testing.assert_array_equal(drawn[name], info[name])
       np.testing.assert_array_equal(there[name], info[name])
   for without in ('model.dropout=0.0', 'task.drop_cond=0.0'):
-    run = build('1', 1, without)
+    run = build('one device', 1, without)
     _, other, _ = train.each_loss(run, begin(run))
     assert np.abs(other - losses).max() > 1e-3, without
 
@@ -118,14 +145,14 @@ def test_keys(mesh):
     batches.close()
     return found
 
-  wanted = sums('1', 1)
+  wanted = sums('one device', 1)
   assert len(set(wanted)) == 3
   for micro in (1, 2, 4):
     assert sums(mesh, micro) == wanted
 
 
 def test_parameters_are_split():
-  for mesh, parts in ('fsdp 8', 8), ('2x4', 4), ('data 8', 1):
+  for mesh, parts in ('fsdp 8', 8), ('data 2, fsdp 4', 4), ('data 8', 1):
     like = build(mesh).like
     kernel = like.params['net']['blocks']['mlp_in']['kernel']
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) == kernel.size // parts

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffax.models import attention as attentions
 from diffax.models import layers
 
 SIDE, HEAD = 224, 64  # pixels a side; width of a head in all four sizes
@@ -41,7 +42,7 @@ class Block(nn.Module):
       einops.rearrange(nn.Dense(d, name=name)(y), 'b n (k d) -> b n k d', d=HEAD)
       for name in ('query', 'key', 'value')
     )
-    y = einops.rearrange(layers.attention(q, k, v), 'b n k d -> b n (k d)')
+    y = einops.rearrange(attentions.attention(q, k, v), 'b n k d -> b n (k d)')
     x += scale('scale1') * nn.Dense(d, name='out')(y)
     y = nn.Dense(self.hidden * (1 + self.swiglu), name='mlp_in')(norm('norm2')(x))
     if self.swiglu:

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.models import attention as attentions
 from diffax.models import layers
 
 PRESETS = {  # width, depth, heads; Peebles & Xie 2023, table 1
@@ -36,13 +37,14 @@ def dit(
   classes: int = 0,
   mlp_ratio: float = 4.0,
   dropout: float = 0.0,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """A DiT of free size.
 
   classes: number of labels in cond['label']; label `classes` itself is the null label; 0 for none.
-  dropout: rate in the residual branches. remat: recompute blocks in the backward pass.
+  dropout: rate in the residual branches. remat: what of a block is kept for the backward pass, see
+  `layers.remat`; products alone take a third of the memory of all, and less time on a CPU.
   dtype: of the matrix products; parameters, norms and softmax stay in float32.
   Raises ValueError for a width that does not divide by the heads.
   """
@@ -52,7 +54,11 @@ def dit(
 
 
 def dit_preset(
-  preset: str, classes: int = 0, dropout: float = 0.0, remat: bool = False, dtype: str = 'float32'
+  preset: str,
+  classes: int = 0,
+  dropout: float = 0.0,
+  remat: str = 'dots_saveable',
+  dtype: str = 'float32',
 ) -> nn.Module:
   """A DiT by the paper's name, 'S', 'B', 'L' or 'XL' at patch 2, 4 or 8, as 'XL/2'; see `dit`."""
   allowed = [f'{size}/{patch}' for size in PRESETS for patch in PATCHES]
@@ -90,7 +96,7 @@ class Block(nn.Module):
     )
     norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
     modulation = dense(6 * d, 'modulation', nn.initializers.zeros)(nn.silu(c))
-    modulation = modulation.astype(jnp.float32)
+    modulation = layers.constrain(modulation.astype(jnp.float32), 'batch', 'width')
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     keys = layer.get('keys')
     keep = layer.get('keep', jnp.ones(()))
@@ -106,7 +112,7 @@ class Block(nn.Module):
       einops.rearrange(dense(d, name)(y), 'b n (k d) -> b n k d', k=self.heads)
       for name in ('query', 'key', 'value')
     )
-    y = layers.attention(q, k, v)
+    y = attentions.attention(q, k, v)
     if 'attend' in layer:
       attend = jnp.reshape(layer['attend'], (-1, 1, 1, 1)).astype(y.dtype)
       y = attend * y + (1 - attend) * v
@@ -115,6 +121,7 @@ class Block(nn.Module):
 
     y = modulate(norm(x), shift_m, scale_m)
     y = nn.gelu(dense(int(self.mlp_ratio * d), 'mlp_in')(y), approximate=True)
+    y = layers.constrain(y, 'batch', 'tokens', 'hidden')
     x += branch(dense(d, 'mlp_out')(y), gate_m, 1)
     if 'add' in layer:
       x += layer['add']
@@ -137,7 +144,7 @@ class DiT(nn.Module):
   classes: int
   mlp_ratio: float
   dropout: float
-  remat: bool
+  remat: str
   dtype: Any
   channels: int = 0
 
@@ -152,26 +159,24 @@ class DiT(nn.Module):
     x = dense(self.width, 'patch_in', nn.initializers.xavier_uniform())(
       layers.patchify(x, self.patch)
     )
+    layers.check_split(x.shape[1], 'tokens')
     places = layers.sincos_positions([side // self.patch for side in space], self.width)
     x = layers.constrain(x.astype(jnp.float32) + places[None], 'batch', 'tokens', 'width')
 
-    c = nn.silu(dense(self.width, 'time_in')(layers.sinusoids(t, 256)))
-    c = dense(self.width, 'time_out')(c).astype(jnp.float32)
+    c = layers.constrain(dense(self.width, 'time_in')(layers.sinusoids(t, 256)), 'batch', 'width')
+    c = dense(self.width, 'time_out')(nn.silu(c)).astype(jnp.float32)
     if self.classes:
       c += nn.Embed(self.classes + 1, self.width, embedding_init=normal, name='label')(
         cond['label']
       )
+    c = layers.constrain(c, 'batch', 'width')  # else XLA splits it as it does the next kernel
 
     per_layer = dict(per_layer or {})
     if keys is not None and self.dropout:
       fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
       per_layer['keys'] = fold(keys, jnp.arange(self.depth))  # [depth b]
-    # Matrix products are kept for the backward pass and the rest computed again from them, which
-    # takes a third of the memory, and less time: what is not stored need not be fetched.
-    keep = None if self.remat else jax.checkpoint_policies.dots_saveable
-    block = nn.remat(Block, prevent_cse=False, policy=keep)
     stack = nn.scan(
-      block,
+      layers.remat(Block, self.remat, prevent_cse=False),
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, 0),
@@ -182,7 +187,8 @@ class DiT(nn.Module):
     )
 
     zeros = nn.initializers.zeros
-    shift, scale = jnp.split(dense(2 * self.width, 'modulation', zeros)(nn.silu(c)), 2, axis=-1)
+    modulation = dense(2 * self.width, 'modulation', zeros)(nn.silu(c))
+    shift, scale = jnp.split(layers.constrain(modulation, 'batch', 'width'), 2, axis=-1)
     norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
     x = dense(self.patch ** len(space) * channels, 'patch_out', zeros)(
       modulate(norm(x), shift, scale)

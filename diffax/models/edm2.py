@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffax.models import attention as attentions
 from diffax.models import layers
 
 PRESETS = {'XS': 128, 'S': 192, 'M': 256, 'L': 320, 'XL': 384, 'XXL': 448}  # widths
@@ -38,7 +39,7 @@ def edm2(
   classes: int = 0,
   dropout: float = 0.0,
   head: int = 64,
-  remat: bool = False,
+  remat: str = 'none',
   dtype: str = 'float32',
 ) -> nn.Module:
   """An EDM2 network of free size; the defaults are the paper's.
@@ -47,8 +48,9 @@ def edm2(
   that before. blocks: of a level in the encoder; the decoder has one more. attention: heights at
   which blocks attend; the first block of the decoder always does. classes: number of labels in
   cond['label']; label `classes` itself is the null label; 0 for none. dropout: rate in the residual
-  branches. head: channels of an attention head. remat: recompute blocks in the backward pass.
-  dtype: of activations, convolutions and products; parameters, norms and softmax are float32.
+  branches. head: channels of an attention head. remat: what of a block is kept for the backward
+  pass, see `layers.remat`. dtype: of activations, convolutions and products; parameters, norms and
+  softmax are float32.
   Raises ValueError for sizes below 1; the network itself where sides or heads do not divide.
   """
   least = min(multipliers, default=0)
@@ -62,7 +64,7 @@ def edm2(
 
 
 def edm2_preset(
-  preset: str, classes: int = 0, dropout: float = 0.0, remat: bool = False, dtype: str = 'float32'
+  preset: str, classes: int = 0, dropout: float = 0.0, remat: str = 'none', dtype: str = 'float32'
 ) -> nn.Module:
   """An EDM2 network by the paper's name, 'XS' to 'XXL'; see `edm2`.
 
@@ -155,9 +157,7 @@ class Filters(nn.Module):
     if self.side == 1:
       return layers.flat_dot(x.astype(self.dtype), kernel, None)
     window = einops.rearrange(kernel, '(h w i) o -> h w i o', h=self.side, w=self.side)
-    return jax.lax.conv_general_dilated(
-      x.astype(self.dtype), window, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
+    return layers.conv(x.astype(self.dtype), window, (1, 1), 'SAME')
 
 
 class Embedding(nn.Module):
@@ -210,7 +210,7 @@ class Attention(nn.Module):
       )
       for name in ('query', 'key', 'value')
     )
-    y = einops.rearrange(layers.attention(q, k, v), 'b (h w) k d -> b h w (k d)', h=height)
+    y = einops.rearrange(attentions.attention(q, k, v), 'b (h w) k d -> b h w (k d)', h=height)
     return Filters(features, 1, self.dtype, name='out')(y)
 
 
@@ -280,6 +280,7 @@ class Block(nn.Module):
 
     gain = self.param('gain', nn.initializers.zeros, ())
     c = gain * filters('embedding', 1)(emb).astype(jnp.float32) + 1
+    c = layers.constrain(c, 'batch', 'width')
     y = filters('conv_in')(mp_silu(x))
     y = mp_silu(y * c.astype(self.dtype)[:, None, None])
     y = filters('conv_out')(layers.dropout(y, layer.get('keys'), self.dropout))
@@ -288,7 +289,7 @@ class Block(nn.Module):
     if spec.attend:
       x = mp_sum(x, Attention(self.head, self.dtype, name='attention')(x), RESIDUAL)
     x = jnp.clip(x, -LIMIT, LIMIT)
-    x = layers.constrain(x, 'batch', None, None, 'width')
+    x = layers.constrain(x, 'batch', 'height', None, 'width')
     return x, x if spec.encodes else None
 
 
@@ -312,7 +313,7 @@ class EDM2(nn.Module):
   classes: int
   dropout: float
   head: int
-  remat: bool
+  remat: str
   dtype: Any
   channels: int = 0
 
@@ -326,6 +327,7 @@ class EDM2(nn.Module):
         f'a grid of {shape[1:3]} does not divide by {parts}, to be halved from level to level of '
         f'model.multipliers={self.multipliers}'
       )
+    layers.check_split(shape[1], 'height')
     widths = [self.width * m for m in self.multipliers]
     sides = [shape[1] // 2**level for level in range(len(widths))]
     encoder, decoder = plan(widths, self.blocks, sides, self.attention)
@@ -344,7 +346,7 @@ class EDM2(nn.Module):
     channels = self.channels or x.shape[-1]
     encoder, decoder = self.specs(x.shape)
     emb = Embedding(self.width, self.width * max(self.multipliers), self.classes, name='embedding')
-    walk = self._walk(emb(t, cond), keys)
+    walk = self._walk(layers.constrain(emb(t, cond), 'batch', 'width'), keys)
 
     x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # in place of every bias
     x = Filters(encoder[0].inputs, 3, self.dtype, name='conv_in')(x)
@@ -373,7 +375,7 @@ class EDM2(nn.Module):
         first, *rest = (i for i, _ in run)
         count = 1 + len(rest)
         given = layer(spec, start + first, count, skips)
-        block = nn.remat(Block, prevent_cse=count == 1) if self.remat else Block
+        block = layers.remat(Block, self.remat, prevent_cse=count == 1)
         fields = dict(head=self.head, dropout=self.dropout, dtype=self.dtype)
         if count == 1:
           given = jax.tree.map(lambda leaf: leaf[0], given)

@@ -4,6 +4,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 
@@ -15,7 +16,47 @@ def constrain(x, *names):
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names))
+  return jax.lax.with_sharding_constraint(x, spec(x, *names))
+
+
+def spec(x, *names):
+  """The mesh axes, a PartitionSpec, that logical names mean for the axes of `x`.
+
+  A mesh axis that does not divide its axis of x is left out, as for the last of the maps of a
+  U-Net, which are smaller than the first.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return P(*[None] * len(names))
+
+  def fit(axes, size):
+    kept = []
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+      if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
+        kept, size = [*kept, axis], size // mesh.shape[axis]
+    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
+
+  return P(*map(fit, nn.logical_to_mesh_axes(names), x.shape))
+
+
+def check_split(size, name):
+  """Raises ValueError where the mesh axes that a logical name means do not divide `size`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = None if mesh.empty else nn.logical_to_mesh_axes((name,))[0]
+  for axis in (axes,) if isinstance(axes, str) else axes or ():
+    if size % mesh.shape[axis]:
+      raise ValueError(
+        f'{size} {name} do not divide by mesh.{axis}={mesh.shape[axis]}, so that its devices would '
+        'only repeat each other: take another mesh'
+      )
+
+
+def platform():
+  """'cpu', 'gpu' or 'tpu': of the mesh in force, which need not be of this machine's devices; of
+  the default device where there is none, as in a notebook.
+  """
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  return device.platform if device else jax.devices()[0].platform
 
 
 layout = nn.logical_axis_rules  # a context: ((logical name, mesh axes), ...)
@@ -82,39 +123,91 @@ def unpatchify(tokens, space, patch):
   return einops.rearrange(tokens, f'b ({places}) ({inner} c) -> b {split} c', **sizes)
 
 
-def attention(q, k, v, mask=None):
-  """Softmax attention, [b n k d] each; the softmax in float32 whatever the dtype.
-
-  mask: [b n], which keys there are, 0 or 1; without any the result is 0. None: all of them.
-  """
-  if mask is None:
-    return jax.nn.dot_product_attention(q, k, v)
-  mask = mask.astype(bool)
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
-  return jnp.where(mask.any(axis=-1)[:, None, None, None], y, 0)
-
-
 def unroll(length):
   """How many steps of a scan over convolutions to write out: on a CPU all, else one.
 
   Within a loop XLA for CPUs has no fast program for the gradients of a convolution (it brings the
   order of their axes into the one that has at the top level of a program alone): a hundred times
-  the time. The device is that of the mesh in force, which need not be this machine's.
+  the time.
   """
-  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-  kind = device.device_kind if device else jax.default_backend()
-  return length if kind == 'cpu' else 1
+  return length if platform() == 'cpu' else 1
+
+
+def conv(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
+         feature_group_count=1, precision=None):
+  """A convolution of [b h *space c], with kernel [*sides in out]: `lax.conv_general_dilated`.
+
+  Where the rows h are split over devices, each takes those it needs of its neighbours' and none has
+  more. XLA splits convolutions so by itself, but has the gradient of the kernel twice where another
+  axis of the mesh only repeats the rows (jax 0.10.2).
+  """
+  options = dict(
+    lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers or _channels_last(x.ndim),
+    feature_group_count=feature_group_count, precision=precision,
+  )
+  rows = spec(x, None, 'height', *[None] * (x.ndim - 2))
+  axis, side, stride = rows[1], kernel.shape[0], strides[0]
+  if not axis:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+  if padding in ('SAME', 'VALID'):
+    padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+  (low, high), *rest = padding
+  parts = jax.sharding.get_abstract_mesh().shape[axis]
+  own = x.shape[1] // parts
+  if own % stride or low + high != side - stride or max(low, high) > own:
+    whole = lambda x: constrain(x, 'batch', *[None] * (x.ndim - 1))
+    return whole(jax.lax.conv_general_dilated(whole(x), kernel, strides, padding, **options))
+
+  def local(x, kernel):
+    up, down = [(i, i + 1) for i in range(parts - 1)], [(i + 1, i) for i in range(parts - 1)]
+    above = [jax.lax.ppermute(x[:, own - low :], axis, up)] if low else []
+    below = [jax.lax.ppermute(x[:, :high], axis, down)] if high else []
+    x = jnp.concatenate([*above, x, *below], axis=1)  # zeros beyond the first and the last
+    return jax.lax.conv_general_dilated(x, kernel, strides, [(0, 0), *rest], **options)
+
+  return jax.shard_map(
+    local, in_specs=(rows, P()), out_specs=rows, axis_names={axis}, check_vma=False
+  )(x, kernel)
+
+
+def _channels_last(rank):
+  space = ''.join(chr(ord('0') + i) for i in range(rank - 2))
+  return jax.lax.conv_dimension_numbers(
+    (1,) * rank, (1,) * rank, (f'N{space}C', f'{space}IO', f'N{space}C')
+  )
 
 
 def flat_dot(x, kernel, dimensions, **options):
-  """The product of a Dense layer, [... in] by [in out], over rows in one axis.
+  """The product of a Dense layer, [... in] by [in out], on a CPU over rows in one axis.
 
-  The gradient of a kernel then sums over one axis, not two, which takes half the time on a CPU.
+  The gradient of a kernel then sums over one axis, not two, which takes half the time there. Tokens
+  that are split over devices stay in an axis of their own.
   """
+  split = x.ndim > 2 and spec(x, None, 'tokens', *[None] * (x.ndim - 2))[1]
+  if split or platform() != 'cpu':
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
   rows = x.reshape(-1, x.shape[-1])
   return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options).reshape(
     *x.shape[:-1], -1
   )
+
+
+POLICIES = ('none', 'dots_saveable', 'dots_with_no_batch_dims_saveable', 'nothing_saveable')
+
+
+def remat(module, policy, **options):
+  """The module, of whose inner values the backward pass finds only what `policy` keeps.
+
+  policy: 'none' recomputes nothing; else a name of `jax.checkpoint_policies`: 'dots_saveable'
+  recomputes all but products and convolutions, 'nothing_saveable' all from the module's input.
+  Raises ValueError for another.
+  """
+  if policy not in POLICIES:
+    raise ValueError(f'model.remat={policy!r} is none of {", ".join(POLICIES)}')
+  if policy == 'none':
+    return module
+  return nn.remat(module, policy=getattr(jax.checkpoint_policies, policy), **options)
 
 
 def dropout(x, keys, rate):

@@ -29,6 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffax.models import attention as attentions
 from diffax.models import layers
 
 
@@ -60,7 +61,7 @@ class Design(NamedTuple):
   dropout: float
   groups: int
   eps: float
-  remat: bool
+  remat: str
   dtype: Any
 
 
@@ -99,7 +100,7 @@ def unet(
   dropout: float = 0.0,
   groups: int = 32,
   eps: float = 1e-5,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """A U-Net of free size; the defaults are ADM's, of one head.
@@ -121,8 +122,8 @@ def unet(
   cond['text'] [b n text], attended to where attention is, with cond['text_mask'] [b n] if given.
   image, mask: channels of cond['image'], and whether there is a cond['mask'] of one, shown with x.
   dropout: rate in the blocks. groups: of the norms, of 4 channels at least each; eps: theirs.
-  remat: recompute blocks in the backward pass. dtype: of convolutions, matrix products and what
-  flows between blocks; parameters, norms and softmax stay in float32.
+  remat: what of a block is kept for the backward pass, see `layers.remat`. dtype: of convolutions,
+  matrix products and what flows between blocks; parameters, norms and softmax stay in float32.
   Raises ValueError for a choice there is not and a filter that is not symmetric and even.
   """
   taps = tuple(taps)
@@ -151,7 +152,7 @@ def ddpm(
   attention: tuple = (16,),
   classes: int = 0,
   dropout: float = 0.1,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """DDPM, Ho et al. 2020, appendix B; the defaults are those of CIFAR-10. See `unet`."""
@@ -168,7 +169,7 @@ def ddpmpp(
   attention: tuple = (16,),
   classes: int = 0,
   dropout: float = 0.13,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """DDPM++, Song et al. 2021; the defaults are EDM's for CIFAR-10, table 7. See `unet`."""
@@ -188,7 +189,7 @@ def ncsnpp(
   progressive_out: str = 'none',
   classes: int = 0,
   dropout: float = 0.13,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """NCSN++, Song et al. 2021; the defaults are EDM's for CIFAR-10, table 7. See `unet`.
@@ -210,7 +211,7 @@ def adm(
   attention: tuple = (32, 16, 8),
   classes: int = 0,
   dropout: float = 0.1,
-  remat: bool = False,
+  remat: str = 'dots_saveable',
   dtype: str = 'float32',
 ) -> nn.Module:
   """ADM, Dhariwal & Nichol 2021, table 11; the defaults are those of ImageNet-64. See `unet`."""
@@ -228,7 +229,8 @@ XAVIER, ZEROS = nn.initializers.xavier_uniform(), nn.initializers.zeros
 def conv(design, space, channels, name, init=XAVIER, **options):
   """A convolution of 3 places in each of `space` axes."""
   return nn.Conv(
-    channels, (3,) * space, dtype=design.dtype, kernel_init=init, name=name, **options
+    channels, (3,) * space, dtype=design.dtype, kernel_init=init, name=name,
+    conv_general_dilated=layers.conv, **options
   )
 
 
@@ -281,7 +283,7 @@ class Attention(nn.Module):
       einops.rearrange(dense(design, channels, name)(y), 'b n (k d) -> b n k d', k=heads)
       for name, y in (('query', tokens), ('key', text), ('value', text))
     )
-    y = einops.rearrange(layers.attention(q, k, v, mask), 'b n k d -> b n (k d)')
+    y = einops.rearrange(attentions.attention(q, k, v, mask), 'b n k d -> b n (k d)')
     y = dense(design, channels, 'out', ZEROS)(y)
     return add(design, x, y.reshape(x.shape))
 
@@ -311,6 +313,7 @@ class Block(nn.Module):
       h, x = change(h, design.taps), change(x, design.taps)
     h = conv(design, space, self.out, 'conv_in')(h)
     e = dense(design, (1 + design.adaptive) * self.out, 'embed')(told['embedding'])
+    e = layers.constrain(e, 'batch', 'width')
     norm = Norm(design, name='norm_out')
     if design.adaptive:
       scale, shift = jnp.split(e.astype(jnp.float32), 2, axis=-1)
@@ -326,7 +329,7 @@ class Block(nn.Module):
       x = Attention(design, name='attention')(x)
       if design.text:
         x = Attention(design, name='text_attention')(x, told['text'], told.get('text_mask'))
-    x = layers.constrain(x, 'batch', *[None] * space, 'width')
+    x = layers.constrain(x, 'batch', 'height', *[None] * (space - 1), 'width')
     return x, None if 'skip' in layer else x
 
 
@@ -344,12 +347,12 @@ class Embedding(nn.Module):
       waves = layers.fourier(t, jax.lax.stop_gradient(frequencies))
     else:
       waves = layers.sinusoids(t, design.width, endpoint=design.endpoint)
-    e = nn.silu(dense(design, design.embedding, 'time_in')(waves))
-    e = dense(design, design.embedding, 'time_out')(e).astype(jnp.float32)
+    e = layers.constrain(dense(design, design.embedding, 'time_in')(waves), 'batch', 'width')
+    e = dense(design, design.embedding, 'time_out')(nn.silu(e)).astype(jnp.float32)
     if design.classes:
       rows, normal = design.classes + 1, nn.initializers.normal(1.0)
       e += nn.Embed(rows, design.embedding, embedding_init=normal, name='label')(label)
-    return nn.silu(e)
+    return layers.constrain(nn.silu(e), 'batch', 'width')
 
 
 # --- the net --------------------------------------------------------------------------------------
@@ -378,9 +381,8 @@ def runs(prefix, shapes):
 
 def through(design, run, x, told, given):
   """x and the outputs to be shown of a run's blocks; given: a dict for each block, see `Block`."""
-  # Convolutions and products are kept for the backward pass, and norms computed again from them.
-  keep = None if design.remat else jax.checkpoint_policies.dots_saveable
-  block, fields = nn.remat(Block, prevent_cse=run.count == 1, policy=keep), (design, *run[2:])
+  block = layers.remat(Block, design.remat, prevent_cse=run.count == 1)
+  fields = design, *run[2:]
   if run.count == 1:
     x, shown = block(*fields, name=run.name)(x, told, given[0])
     return x, [shown]
@@ -455,6 +457,7 @@ def check(design, shape, cond):
       f'a grid of {space} does not divide by {factor}, halved at {len(design.multipliers) - 1} '
       f'levels: crop or pad it, or say fewer model.multipliers than {design.multipliers}'
     )
+  layers.check_split(shape[1], 'height')
   there = sides(design, shape)
   if set(design.attention) - set(there):
     raise ValueError(f'model.attention={design.attention}, but the sides of levels are {there}')

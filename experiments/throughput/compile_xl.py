@@ -58,7 +58,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--preset', default='XL/2')
   parser.add_argument('--batch', type=int, default=256)
-  parser.add_argument('--remat', action='store_true', help='recompute blocks in the backward pass')
+  parser.add_argument('--remat', default='dots_saveable', help='see diffax.models.layers.remat')
   parser.add_argument('--out', help='a json file for the figures')
   args = parser.parse_args()
   result = {

@@ -17,21 +17,22 @@ def latents(side: int = 32):
   return sources.Source(None, str, 2**20, (side, side, CHANNELS), CLASSES)
 
 
-def setup_run(preset, batch, side, **model):
-  """diffax's `train.Run`: linear schedule, velocity prediction, AdamW, one average, all float32."""
-  return train.setup(
-    config.complete(
-      dict(
-        steps=1,
-        batch_size=batch,
-        data=dict(name='ours.latents', side=side),
-        model=dict(name='dit_preset', preset=preset, classes=CLASSES, **model),
-        optimizer=dict(name='adamw', weight_decay=0.01),
-        learning_rate=1e-4,
-        ema=0.9999,
-      )
-    )
+def plan(preset, batch, side, **model):
+  """A config: linear schedule, velocity prediction, AdamW, one average, by itself all float32."""
+  return dict(
+    steps=1,
+    batch_size=batch,
+    data=dict(name='ours.latents', side=side),
+    model=dict(name='dit_preset', preset=preset, classes=CLASSES, **model),
+    optimizer=dict(name='adamw', weight_decay=0.01),
+    learning_rate=1e-4,
+    ema=0.9999,
   )
+
+
+def setup_run(preset, batch, side, **model):
+  """The `train.Run` of `plan`."""
+  return train.setup(config.complete(plan(preset, batch, side, **model)))
 
 
 def setup(preset, batch, threads):
