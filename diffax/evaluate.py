@@ -3,6 +3,7 @@
 import json
 
 from diffax import config as configs
+from diffax import hosts
 from diffax import sample
 from diffax.build import build, ConfigError, near
 from diffax.evals import Evaluation
@@ -38,7 +39,8 @@ def carry_out(name, evaluation, state, step, workdir, stopped=lambda: False):
     if stopped():
       pairs.close()
       return None
-  if folder.exists():
+  hosts.wait()
+  if hosts.first() and folder.exists():
     folder.rmtree()
   return found
 
@@ -50,14 +52,14 @@ def due(config, step):
   return [name for name, n in every.items() if n and step and (last or step % n == 0)]
 
 
-def prepare(run, names=(), show=print):
+def prepare(run, names=(), show=hosts.say):
   """Computes what the evaluations need of the data alone, into the cache."""
   for name, evaluation in entries(run, names).items():
     evaluation.prepare()
     show(f'{name}: ready')
 
 
-def evaluate(run, workdir, step, names=(), show=print):
+def evaluate(run, workdir, step, names=(), show=hosts.say):
   """Carries out the config's evaluations, or those named, on a checkpoint; 0 is the newest.
 
   Adds to metrics.json in the workdir, {step: {entry: {name: value, ..., settings}}}, after each,
@@ -78,11 +80,13 @@ def evaluate(run, workdir, step, names=(), show=print):
     for key, value in carry_out(name, evaluation, state, step, workdir):
       if getattr(value, 'ndim', 0) == 3:
         picture = f'images/{images.name(key, step)}'
-        images.save(workdir / picture, value)
+        if hosts.first():
+          images.save(workdir / picture, value)
         value = picture
       row[key] = value if isinstance(value, str) else float(value)
       show(f'  {key:40} {value if isinstance(value, str) else format(value, ".5g")}')
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results.setdefault(str(step), {})[name] = row
-    configs.write(file, json.dumps(results, indent=2) + '\n')
+    if hosts.first():
+      results = json.loads(file.read_text()) if file.exists() else {}
+      results.setdefault(str(step), {})[name] = row
+      configs.write(file, json.dumps(results, indent=2) + '\n')
   return file

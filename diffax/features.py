@@ -24,7 +24,6 @@ import zipfile
 import zlib
 
 from absl import logging
-from etils import epath
 from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
@@ -32,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffax import config
+from diffax import hosts
 from diffax import log
 from diffax.data import pipeline
 from diffax.data import sources
@@ -243,11 +244,6 @@ def _side(source, size):
   return size or min(side or np.inf for side in source.shape[:2])
 
 
-def cache():
-  """The folder of what is computed once: $DIFFAX_CACHE, else ~/.cache/diffax."""
-  return epath.Path(os.environ.get('DIFFAX_CACHE') or '~/.cache/diffax').expanduser()
-
-
 def digest(source):
   """What tells a set: its length and a hash of 32 of its records."""
   records = [source[int(i)] for i in np.linspace(0, len(source) - 1, 32).astype(int)]
@@ -261,13 +257,16 @@ def digest(source):
 def _cached(key, train):
   """(params, identity) of the cache file of `key`, made by `train` where there is no whole one."""
   name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-  folder = cache()
+  folder = config.cache()
   path = folder / f'classifier-{name}.npz'
+  found = None
   try:
     if path.exists():
-      return _restore(path.read_bytes())
+      found = _restore(path.read_bytes())
   except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     logging.warning('%s is damaged (%s): the classifier is trained anew', path, error)
+  if hosts.every(found is not None):  # each host may have a cache of its own
+    return found
   params, accuracy = train()
   flat = traverse_util.flatten_dict(params, sep='/')
   identity = dict(name='classifier', accuracy=accuracy, sha256=_sha256(flat), **key)
@@ -308,7 +307,7 @@ def _train(network, source, held_out, made):
   shape = classifiers.shrink(jnp.zeros((1, *data.shape))).shape
   variables = jax.jit(network.init)(jax.random.key(made['seed']), jnp.zeros(shape))
   state = dict(variables, opt=tx.init(variables['params']))
-  progress = log.Progress(0, steps, BATCH)
+  progress = log.Progress(0, steps, BATCH, None if hosts.first() else log.Silent())
   for k in range(steps):
     batch = next(batches)
     state, loss = step(state, k, batch['image'], batch['label'])
@@ -318,7 +317,7 @@ def _train(network, source, held_out, made):
   batches.close()
   state.pop('opt')
   accuracy, count = _accuracy(network, state, _kept(held_out, made['size']))
-  if jax.process_count() > 1:  # one answer everywhere, for hosts' sums may round differently
+  if hosts.count() > 1:  # one answer everywhere, for hosts' sums may round differently
     state, accuracy = multihost_utils.broadcast_one_to_all((state, accuracy))
   progress.say(
     f'classifier: {accuracy:.2%} of {count} held-out images right after {steps} steps on '

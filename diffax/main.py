@@ -10,10 +10,14 @@
 `reference` computes what evaluations need of the data alone, once, into the cache ($DIFFAX_CACHE,
 or ~/.cache/diffax); `evaluate` and training do so themselves where it is not there.
 
+Where the environment tells of several hosts (`diffax.hosts.start`), each is started with the same
+command. `--profile.start=100 --profile.steps=5` traces training steps for TensorBoard or Perfetto.
+
 Any value of the config, and any parameter of a function it names, is set by --config.PATH=VALUE.
 Where a workdir has a config already, --config may be left out.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -23,8 +27,10 @@ import time
 from absl import flags
 from absl import logging
 from etils import epath
+import jax
 
 from diffax import config as configs
+from diffax import hosts
 from diffax.build import ConfigError, near
 
 MODES = ('train', 'sample', 'evaluate', 'reference', 'replay')
@@ -46,6 +52,12 @@ def define_flags():
     flag_values=values,
   )
   flags.DEFINE_list('evals', [], 'evaluate: which of them, by name (all)', flag_values=values)
+  flags.DEFINE_integer(
+    'profile.start', 0, 'train: the first step to trace', lower_bound=0, flag_values=values
+  )
+  flags.DEFINE_integer(
+    'profile.steps', 0, 'train: how many to trace, 0 for none', lower_bound=0, flag_values=values
+  )
   flags.DEFINE_boolean('help', False, 'this text', flag_values=values)
   return values
 
@@ -118,7 +130,6 @@ def environment():
   """What this process runs on, for the record."""
   from importlib import metadata
 
-  import jax
   import diffax
 
   return {
@@ -139,7 +150,7 @@ def environment():
   }
 
 
-def _train(config, workdir, warm):
+def _train(config, workdir, warm, profile):
   from diffax import checkpoint, train
 
   source = epath.Path(warm) if warm else None
@@ -147,12 +158,36 @@ def _train(config, workdir, warm):
   train.evaluations(run)  # whose mistakes, like any, are told before anything is written
   if source and not checkpoint.present(workdir / 'checkpoints'):
     checkpoint.weights_like(source / 'checkpoints', run.like)
-  _writable(workdir)
-  configs.save(config, workdir / 'config.json')
-  record = workdir / 'environment.json'  # a list: one entry each time the run was started
-  starts = json.loads(record.read_text()) if record.exists() else []
-  configs.write(record, json.dumps([*starts, environment()], indent=2) + '\n')
-  train.train(run, workdir, source)
+  hosts.wait()  # all have read what the first now writes
+  if hosts.first():
+    _writable(workdir)
+    configs.save(config, workdir / 'config.json')
+    record = workdir / 'environment.json'  # a list: one entry each time the run was started
+    starts = json.loads(record.read_text()) if record.exists() else []
+    configs.write(record, json.dumps([*starts, environment()], indent=2) + '\n')
+  hosts.wait()
+  if not hosts.every((workdir / 'config.json').exists()):
+    raise ConfigError(
+      f'--workdir={workdir} is not the same folder on all hosts: what the first writes there, '
+      'another does not find; put it on a disk or bucket that they share'
+    )
+  train.train(run, workdir, source, profile)
+
+
+def _same(config):
+  """Raises ConfigError on the hosts whose config is not that of the first."""
+  found = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+  if hosts.tell(found) != found:
+    raise ConfigError(
+      f'host {jax.process_index()} was started with another config than host 0: give all of them '
+      'the same file, flags and $DIFFAX_DATA'
+    )
+
+
+def _cache_programs():
+  """Compiled programs are kept for the next start, unless the environment says where or not to."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(configs.cache() / 'programs'))
 
 
 def _run(argv):
@@ -160,31 +195,35 @@ def _run(argv):
   if values.help:
     print(__doc__, values.get_help(), sep='\n')
     return
+  hosts.start()
+  _cache_programs()
   workdir = epath.Path(values.workdir)
   if values.mode not in ('train', 'reference') and not workdir.exists():
     raise ConfigError(
       f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
     )
   config = resolve(values, overrides, workdir)
+  _same(config)
   if values.mode == 'train':
-    _train(config, workdir, getattr(values, 'from'))
+    steps = values['profile.start'].value, values['profile.steps'].value
+    _train(config, workdir, getattr(values, 'from'), steps)
   elif values.mode == 'sample':
     from diffax import sample, train
 
     for path in sample.sample(train.setup(config), workdir, values.step):
-      print(path)
+      hosts.say(path)
   elif values.mode in ('evaluate', 'reference'):
     from diffax import evaluate, train
 
     run = train.setup(config)
     if values.mode == 'evaluate':
-      print(evaluate.evaluate(run, workdir, values.step, values.evals))
+      hosts.say(evaluate.evaluate(run, workdir, values.step, values.evals))
     else:
       evaluate.prepare(run, values.evals)
   else:
     from diffax import replay, train
 
-    replay.replay(train.setup(config), workdir, values.step)
+    replay.replay(train.setup(config), workdir, values.step, hosts.say)
 
 
 def main(argv=None):
@@ -194,16 +233,17 @@ def main(argv=None):
     _run(argv or sys.argv)
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    hosts.leave(2)
   except BrokenPipeError:  # `... --mode replay --step 9 | head` has read enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
     from diffax.train import BadStep
 
     if not isinstance(error, BadStep):
+      hosts.fail()
       raise
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
+    hosts.leave(1)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,9 @@ from absl import logging
 import jax
 import numpy as np
 
+from diffax import config as configs
 from diffax import features
+from diffax import hosts
 from diffax import metrics
 from diffax import sharding
 from diffax.build import build, ConfigError
@@ -51,18 +53,22 @@ def first(found, count):
 
 
 def embedder(network, params, mesh, batch_size):
-  """A function: images uint8 [n h w c] -> `features.Outputs` of n rows, in batches of one size."""
-  size = -(-batch_size // mesh.size) * mesh.size
-  extract = jax.jit(network.extract)
+  """A function (count, read) -> `metrics.Set` of `count` images, in batches of one size.
 
-  def embed(images):
-    rows, parts = len(images), []
-    images = np.concatenate([images, np.repeat(images[-1:], -rows % size, axis=0)])
+  read: int [n], numbers below `count` -> (images uint8 [n h w c], labels int32 [n]); a host reads
+  those that its devices see.
+  """
+  size, place = sharding.whole(batch_size, mesh), sharding.batch(mesh)
+  own, extract = sharding.rows(mesh, size), jax.jit(network.extract)
+
+  def embed(count, read):
+    parts = []
     with sharding.using(mesh):
-      for i in range(0, len(images), size):
-        batch = jax.device_put(images[i : i + size], sharding.batch(mesh))
-        parts.append(jax.device_get(extract(params, batch)))
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[:rows], *parts)
+      for i in range(0, count, size):
+        batch = sharding.put(read(np.minimum(i + own, count - 1)), place, (own, size))
+        parts.append(sharding.fetch((extract(params, batch[0]), batch[1])))
+    outputs, label = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+    return metrics.Set(*outputs, label)
 
   return embed
 
@@ -95,9 +101,9 @@ def of(run, source, split, embed, identity, file=None, keep=FIELDS):
   an epath, None for one in the cache. Raises ConfigError where the file is of something else.
   """
   description = describe(run, source, split, identity) | {'keep': list(keep)}
-  file = file or features.cache() / 'references' / name(description)
+  file = file or configs.cache() / 'references' / name(description)
   found = read(file, description) if file.exists() else None
-  if found is None:
+  if not hosts.every(found is not None):  # each host may have a cache of its own
     found = _compute(source, run.config['data']['size'], embed, keep)
     write(file, found, description)
   return found
@@ -107,8 +113,7 @@ def _compute(source, size, embed, keep):
   moments, kept, each = {}, [], -(-len(source) // ROWS)
   for start in range(0, len(source), CHUNK):
     index = np.arange(start, min(start + CHUNK, len(source)))
-    pictures, label = images(source, index, size)
-    rows = metrics.Set(*embed(pictures), label)
+    rows = embed(len(index), lambda i, start=start: images(source, start + i, size))
     for key in (key for key in ('pool', 'spatial') if getattr(rows, key) is not None):
       more = metrics.moments(getattr(rows, key))
       moments[key] = metrics.merge(moments[key], more) if key in moments else more
@@ -125,7 +130,7 @@ def write(file, found, description):
   data = io.BytesIO()
   np.savez(data, description=np.asarray(json.dumps(description, sort_keys=True)), **arrays)
   file.parent.mkdir(parents=True, exist_ok=True)
-  scratch = file.parent / f'{file.name}.{os.getpid()}.new'
+  scratch = file.parent / f'{file.name}.{jax.process_index()}-{os.getpid()}.new'
   scratch.write_bytes(data.getvalue())
   scratch.replace(file)
 

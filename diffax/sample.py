@@ -8,6 +8,7 @@ import numpy as np
 
 from diffax import checkpoint
 from diffax import ema
+from diffax import hosts
 from diffax import images
 from diffax import samplers
 from diffax import sharding
@@ -22,7 +23,7 @@ def choose(state, name):
     return state.params
   if name not in state.ema:
     raise ConfigError(f'ema={name!r} was not kept; {near(name, [*state.ema, "none"])}')
-  return state.ema[name]
+  return sharding.on_device(state.ema[name])
 
 
 def last(state):
@@ -55,7 +56,7 @@ def drawer(run, settings, path):
   """
   if settings['batch_size'] < 1:
     raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
-  whole = lambda n: -(-n // run.mesh.size) * run.mesh.size  # as many for each device
+  whole = lambda count: sharding.whole(count, run.mesh)
   labels(settings['labels'], np.arange(1), run.task.classes)
   used = settings['ema'] or last(run.like)
   like = _like(run.like, used)
@@ -70,7 +71,7 @@ def drawer(run, settings, path):
 
   try:  # what only a look at the whole can tell, before any of it is compiled
     number = jax.ShapeDtypeStruct((whole(settings['batch_size']),), jnp.int32)
-    with sharding.using(run.mesh):
+    with run.layout():
       jax.eval_shape(generate, like, number, number)
   except ConfigError:
     raise
@@ -83,12 +84,10 @@ def drawer(run, settings, path):
     size = whole(min(settings['batch_size'], count))
     index = start + np.arange(-(-count // size) * size)
     label = labels(settings['labels'], index, run.task.classes)
-    with sharding.using(run.mesh):
+    with run.layout():
       for i in range(0, count, size):
-        x = generate(
-          params, jnp.asarray(index[i : i + size]), jnp.asarray(label[i : i + size], jnp.int32)
-        )
-        parts.append(finish(np.asarray(x)))
+        x = generate(params, *(a[i : i + size].astype(np.int32) for a in (index, label)))
+        parts.append(finish(sharding.fetch(x)))
     return np.concatenate(parts)[:count], label[:count]
 
   return samples
@@ -154,8 +153,9 @@ def sample(run, workdir, step):
   draw = drawer(run, settings, 'sample')
   _, state = restore(run, workdir, step, [settings['ema']])
   pictures, label = draw(state, settings['count'])
-  data = io.BytesIO()
-  np.savez(data, pictures, label)
-  (workdir / 'samples.npz').write_bytes(data.getvalue())
-  images.save(workdir / 'samples.png', images.grid(images.shown(pictures[:100])))
+  if hosts.first():
+    data = io.BytesIO()
+    np.savez(data, pictures, label)
+    (workdir / 'samples.npz').write_bytes(data.getvalue())
+    images.save(workdir / 'samples.png', images.grid(images.shown(pictures[:100])))
   return workdir / 'samples.npz', workdir / 'samples.png'

@@ -2,9 +2,9 @@
 
   order      records shuffled anew every epoch: example p of the run is record order(n, seed, p)
   step k     examples k B .. (k + 1) B - 1, across the ends of epochs, none dropped
-  host h     rows h B / H .. (h + 1) B / H of a step
+  host       those rows of a step that its devices hold
 
-Slicing by host comes last, so any number of hosts sees the same global batches. Every random
+Rows are chosen last, so any number of hosts sees the same global batches. Every random
 choice is drawn from (seed, name of the operation, p): adding an operation, worker processes, or
 restarting at a step changes nothing else. A batch is
 
@@ -58,17 +58,18 @@ def _permutation(length, seed, epoch):
   return np.argsort(bits, kind='stable')
 
 
-def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', host=0, hosts=1):
-  """Every step's batch by random access: `steps(...)[k]` is this host's part of step k.
+def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', rows=None):
+  """Every step's batch by random access: `steps(...)[k]` is what is wanted of step k.
 
   Args:
     source: see `diffax.data.sources`.
-    batch_size: examples a step over all hosts.
+    batch_size: examples a step, over all hosts.
     seed: of the order and of the flips, any integer.
     size: side to which images are scaled and cropped; None leaves them as they are.
     flip: mirror each example with probability one half.
     on_error: 'raise', or 'skip' to take the next good record in place of a broken one.
-    host, hosts: which part of the batch.
+    rows: int [b], which of a step's examples 0 .. batch_size - 1 are made, all where None; a host
+      makes those that its devices hold, see `diffax.sharding.rows`.
 
   Returns:
     A grain MapDataset of batches.
@@ -77,13 +78,11 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
     ValueError: an argument is out of range; on access, a record is broken.
   """
   import grain
-  _check_integers(seed=(seed, None), batch_size=(batch_size, 1), hosts=(hosts, 1), host=(host, 0))
-  if batch_size % hosts:
-    near = {max(batch_size // hosts, 1) * hosts, -(-batch_size // hosts) * hosts}
-    raise ValueError(f'batch_size {batch_size} does not divide over {hosts} hosts: '
-                     f'take {" or ".join(map(str, sorted(near)))}')
-  if host >= hosts:
-    raise ValueError(f'host {host} of {hosts} hosts: count from 0 to {hosts - 1}')
+  _check_integers(seed=(seed, None), batch_size=(batch_size, 1))
+  rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+  if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+    raise ValueError(f'rows {rows.tolist()} of a batch of {batch_size}: give one or more of 0 to '
+                     f'{batch_size - 1}')
   if on_error not in ('raise', 'skip'):
     raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
   if size is not None:
@@ -96,7 +95,6 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
                      'give size (--config.data.size=64)')
   if not len(source):
     raise ValueError('the source has no records')
-  rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
   reader = functools.partial(read, source, size, on_error)
   fetch = functools.partial(_fetch, reader, source, batch_size, rows, seed, flip)
   return grain.MapDataset.range(sys.maxsize).map(fetch)
@@ -134,37 +132,20 @@ def batch_at(source, step, batch_size, *, seed, **options):
   return steps(source, batch_size, seed=seed, **options)[step]
 
 
-def global_batch(batch, sharding):
-  """This host's rows -> global jax arrays [hosts * b ...]; transfers only start here.
+def prefetch(iterator, place, size=2):
+  """Yields `place(batch)` of each batch with `size` more already on their way to the devices.
 
-  Args:
-    batch: dict of arrays [b ...], equally many rows on every host.
-    sharding: splits the leading axis over all hosts, in the order of their part of the batch.
-  """
-  import jax
-  hosts = jax.process_count()
-
-  def put(x):
-    # without the shape, a sharding that replicates over hosts would pass for a smaller batch
-    shape = (hosts * x.shape[0], *x.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
-
-  return {name: put(x) for name, x in batch.items()}
-
-
-def prefetch(iterator, sharding, size=2):
-  """Yields `global_batch` of each batch with `size` more already on their way to the devices.
-
-  No thread of its own: `batches` makes host batches in the background and transfers are
-  asynchronous, so only dispatching is left. An error in batch k is raised at step k, after the
-  batches before it. Closing the generator closes the iterator.
+  place: host arrays -> device arrays, at once; see `diffax.sharding.put`. No thread of its own:
+  `batches` makes host batches in the background and transfers are asynchronous, so only dispatching
+  is left. An error in batch k is raised at step k, after the batches before it. Closing the
+  generator closes the iterator.
   """
   queue, error = collections.deque(), None
   try:
     while True:
       while error is None and len(queue) <= size:
         try:
-          queue.append(global_batch(next(iterator), sharding))
+          queue.append(place(next(iterator)))
         except Exception as e:  # StopIteration too
           error = e
       if not queue:
@@ -182,7 +163,7 @@ def _fetch(read, source, batch_size, rows, seed, flip, k):
   index, images, labels = zip(*read(order(len(source), seed, p).tolist()))
   images = np.stack(images)  # [b h w c]
   if flip:
-    images = transforms.flip(images, _uniform(seed, 'flip', int(p[0]), len(p)))
+    images = transforms.flip(images, _uniform(seed, 'flip', p))
   if source.dtype == np.uint8:
     images = transforms.to_float(images)
   return dict(image=images, label=np.asarray(labels, np.int32), index=np.asarray(index, np.int32))
@@ -230,10 +211,12 @@ def _image_and_label(source, record, size):
   return image, record['label']
 
 
-def _uniform(seed, name, start, count):
-  """float64 [count] in [0, 1) for the examples start, start + 1, ..., each from its own counter."""
-  bits = np.random.Philox(key=_seed_of(seed, name), counter=start).random_raw(4 * count)
-  return (bits[::4] >> np.uint64(11)) * 2.0**-53  # a counter gives four words; the first is used
+def _uniform(seed, name, p):
+  """float64 [b] in [0, 1) for the examples p, each from its own counter."""
+  first, count = int(p.min()), int(np.ptp(p)) + 1
+  bits = np.random.Philox(key=_seed_of(seed, name), counter=first).random_raw(4 * count)
+  drawn = (bits[::4] >> np.uint64(11)) * 2.0**-53  # a counter gives four words; the first is used
+  return drawn[p - first]
 
 
 def _seed_of(seed, name):

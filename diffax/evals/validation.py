@@ -46,7 +46,8 @@ def validation(
   count = min(count, len(source))
   used = ema or sample.last(run.like)
   edges = np.geomspace(low, high, bins + 1)
-  size = -(-min(batch_size, count) // run.mesh.size) * run.mesh.size
+  size, place = sharding.whole(min(batch_size, count), run.mesh), sharding.batch(run.mesh)
+  own = sharding.rows(run.mesh, size)
 
   def losses(params, x0, label, index, j):
     """[b] of the images `index` in bin j, each at a level of its own."""
@@ -71,13 +72,13 @@ def validation(
     total = np.zeros(bins)
     for start in range(0, count, size):
       index = np.arange(start, start + size)
-      images, label = references.images(source, index % count, run.config['data']['size'])
+      seen = (index % count)[own]
+      images, label = references.images(source, seen, run.config['data']['size'])
       x0 = transforms.to_float(images) if images.dtype == np.uint8 else images
-      place = sharding.batch(run.mesh)
-      batch = jax.device_put((x0, label, index.astype(np.int32)), place)
-      with sharding.using(run.mesh):
+      batch = sharding.put((x0, label, index[own].astype(np.int32)), place, (own, size))
+      with run.layout():
         for j in range(bins):
-          each = np.asarray(losses(params, *batch, np.int32(j)))
+          each = sharding.fetch(losses(params, *batch, np.int32(j)))
           total[j] += each[index < count].sum(dtype=np.float64)
       yield None
     means = total / count
