@@ -1,16 +1,22 @@
 """Checkpoints: written beside the training, whole or not at all, read onto today's mesh.
 
 Orbax writes into a folder of another name and renames it when all is there, so an interrupted save
-leaves no checkpoint. A checkpoint that is there and cannot be read (a truncated file) is reported,
-set aside, and the one before it is used.
+leaves no checkpoint. Beside the arrays stand their checksums, of what was in the devices' memory: a
+disk that loses or changes bits is found out. A checkpoint that is there and cannot be read, or is
+not what was written, is reported, set aside, and the one before it is used.
 """
+
+import json
 
 from absl import logging
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from diffax import hosts
+from diffax import sharding
 from diffax.build import ConfigError
 
 
@@ -43,7 +49,10 @@ class Checkpoints:
 
   def save(self, step, state):
     """Starts to write `state`; returns when the arrays are copied off the device."""
-    self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    arguments = ocp.args.Composite(
+      default=ocp.args.StandardSave(state), check=ocp.args.JsonSave(checksums(state))
+    )
+    self._manager.save(step, args=arguments, force=True)
 
   def wait(self):
     """Returns when all saves are on disk."""
@@ -57,24 +66,93 @@ class Checkpoints:
     aside, n = self.folder / f'unreadable-{step}', 1
     while aside.exists():
       aside, n = self.folder / f'unreadable-{step}.{n}', n + 1
-    (self.folder / str(step)).rename(aside)
+    hosts.wait()  # all have found the name before it is taken
+    if hosts.first():
+      (self.folder / str(step)).rename(aside)
+    hosts.wait()
     self._manager.reload()  # which would else refuse to save that step
     return aside
+
+
+# --- checksums ------------------------------------------------------------------------------------
+
+
+def checksums(tree):
+  """{path: 32 bits} of the arrays of a tree; the same on any mesh and any number of hosts.
+
+  A sum, modulo 2^32, over the elements of their bits and places, mixed (Appleby's finalizer of
+  MurmurHash3, which is one to one): a change of one element always shows, any other but once in
+  2^32 times.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  sums = sharding.fetch(_checksums([x for _, x in leaves]))
+  return {sharding.name(path): int(sum_) for (path, _), sum_ in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(arrays):
+  return jnp.stack([_checksum(x) for x in arrays]) if arrays else jnp.zeros(0, jnp.uint32)
+
+
+def _checksum(x):
+  x, size = jax.device_put(x, jax.memory.Space.Device), x.dtype.itemsize  # some lie on the host
+  if x.dtype == bool:
+    bits = x.astype(jnp.uint32)
+  elif size < 4:
+    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * size}').astype(jnp.uint32)
+  else:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)  # of 8 bytes, two in an axis of their own
+  v = bits + np.uint32(0x9E3779B9) * _place(bits.shape)
+  v = (v ^ (v >> 16)) * np.uint32(0x85EBCA6B)
+  v = (v ^ (v >> 13)) * np.uint32(0xC2B2AE35)
+  return jnp.sum(v ^ (v >> 16), dtype=jnp.uint32)
+
+
+def _place(shape):
+  """The number of each element, modulo 2^32; axis by axis, so that none must be whole anywhere."""
+  place, stride = jnp.zeros(shape, jnp.uint32), 1
+  for axis in reversed(range(len(shape))):
+    number = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    place += number * np.uint32(stride % 2**32)
+    stride *= shape[axis]
+  return place
+
+
+def _verify(folder, step, tree):
+  """Raises ValueError where arrays read are not those that were written."""
+  file = _absolute(folder) / str(step) / 'check' / 'metadata'
+  if not file.exists():
+    logging.warning('checkpoint %d is of a version without checksums: not verified', step)
+    return
+  written = json.loads(file.read_text())
+  changed = [path for path, sum_ in checksums(tree).items() if written.get(path) != sum_]
+  if changed:
+    raise ValueError(
+      f'{len(changed)} arrays are not what was written, among them {", ".join(changed[:3])}'
+    )
 
 
 def read(folder, step, like):
   """What `like` asks for of the checkpoint at `step`: a tree, or a dict of some of its branches.
 
-  like: ShapeDtypeStructs with shardings. Raises what orbax, tensorstore and the file system raise.
+  like: ShapeDtypeStructs with shardings. Raises what orbax, tensorstore and the file system raise,
+  and ValueError where the arrays are not what was written; on all hosts where it is so on any.
   """
-  arguments = ocp.checkpoint_utils.construct_restore_args(like)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    return reader.restore(
-      _absolute(folder) / str(step) / 'default',
-      args=ocp.args.PyTreeRestore(
-        item=like, restore_args=arguments, partial_restore=isinstance(like, dict)
-      ),
-    )
+  arguments, found, failure = ocp.checkpoint_utils.construct_restore_args(like), None, None
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      found = reader.restore(
+        _absolute(folder) / str(step) / 'default',
+        args=ocp.args.PyTreeRestore(
+          item=like, restore_args=arguments, partial_restore=isinstance(like, dict)
+        ),
+      )
+  except Exception as error:  # of many kinds
+    failure = error
+  if not hosts.every(failure is None):
+    raise failure or ValueError('another host cannot read its part')
+  _verify(folder, step, found)
+  return found
 
 
 def present(folder):
@@ -96,7 +174,7 @@ def restore(checkpoints, like):
   are checkpoints and none can be read: to begin anew is then not for this code to decide.
   """
   unread = []
-  for step in checkpoints.steps()[::-1]:
+  for step in hosts.tell(checkpoints.steps())[::-1]:
     try:
       state = read(checkpoints.folder, step, like)
     except Exception as error:  # of many kinds
@@ -122,7 +200,7 @@ def load(folder, step, like):
 
   Reads only, and only what the dict `like` asks for. Raises ConfigError where there is none.
   """
-  there = present(folder)
+  there = hosts.tell(present(folder))
   if not there or (step and step not in there):
     raise ConfigError(
       f'no checkpoint{f" of step {step}" if step else ""} in {folder}; there are: '

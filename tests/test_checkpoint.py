@@ -1,12 +1,17 @@
-"""Checkpoints: which are kept, what is refused, and what another run may begin with."""
+"""Checkpoints: which are kept, what is refused, what another run may begin with, and checksums."""
+
+import shutil
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import run_diffax
 
 from diffax import checkpoint
+from diffax import sharding
+from diffax import train
 from diffax.build import ConfigError
 
 
@@ -98,3 +103,80 @@ def test_part(tmp_path):
   step, found = checkpoint.load(tmp_path / 'c', 0, {'ema': like(state(0.0))['ema']})
   assert step == 3 and found.keys() == {'ema'}
   np.testing.assert_array_equal(found['ema']['0.9'], [3, 3, 3])
+
+
+# --- checksums ------------------------------------------------------------------------------------
+
+
+def some_arrays():
+  rng = np.random.default_rng(0)
+  return {
+    'a': rng.standard_normal((8, 16, 4)).astype('f4'), 'b': jnp.arange(24, dtype=jnp.bfloat16),
+    'c': np.array([True, False]), 'd': np.int32(7), 'e': rng.integers(0, 255, (3, 5), np.uint8),
+  }
+
+
+def test_same_on_any_mesh():
+  wanted = checkpoint.checksums(some_arrays())
+  assert set(wanted) == set('abcde') and len(set(wanted.values())) == 5
+  for axes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
+    mesh = sharding.make_mesh(axes)
+    for spec in (('fsdp',), (None, 'fsdp'), (('data', 'fsdp'), 'tensor')):
+      place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+      laid = some_arrays() | {'a': jax.device_put(some_arrays()['a'], place)}
+      assert checkpoint.checksums(laid) == wanted
+
+
+@pytest.mark.parametrize('name', 'abcde')
+def test_any_bit_shows(name):
+  rng, wanted = np.random.default_rng(1), checkpoint.checksums(some_arrays())
+  for _ in range(20):
+    changed = {k: np.array(x) for k, x in some_arrays().items()}
+    flat = changed[name].reshape(-1).view(np.uint8)
+    if name == 'c':
+      flat[rng.integers(len(flat))] ^= 1
+    else:
+      flat[rng.integers(len(flat))] ^= 1 << rng.integers(8)
+    found = checkpoint.checksums(changed)
+    assert [k for k in found if found[k] != wanted[k]] == [name]
+
+
+def test_order_shows():
+  a = some_arrays()['a']
+  assert checkpoint.checksums([a]) != checkpoint.checksums([a[::-1]])
+  assert checkpoint.checksums([np.zeros(3)]) != checkpoint.checksums([np.zeros(4)])
+
+
+def test_other_numbers_in_whole_files(tmp_path):
+  """A checkpoint that reads well, of arrays that are not those that were saved: set aside."""
+  run = run_diffax.setup()
+  state = train.init(run)
+  saved = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+  for step in (1, 2):
+    saved.save(step, state)
+  saved.wait()
+  other = checkpoint.Checkpoints(tmp_path / 'other')
+  other.save(2, state.replace(params=jax.tree.map(lambda x: x + 1e-6, state.params)))
+  other.wait()
+  newest = tmp_path / 'checkpoints' / '2' / 'default'
+  shutil.rmtree(newest)
+  shutil.copytree(tmp_path / 'other' / '2' / 'default', newest)
+  step, found = checkpoint.restore(saved, train.branches(run.like))
+  assert step == 1 and (tmp_path / 'checkpoints' / 'unreadable-2').exists()
+  run_diffax.assert_same(
+    run_diffax.flat(found['params']), run_diffax.flat(state.params))
+  for each in (saved, other):
+    each.close()
+
+
+def test_older_checkpoints_are_read(tmp_path, caplog):
+  """Of a version that wrote no checksums: said, and taken as they are."""
+  run = run_diffax.setup()
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(1, train.init(run))
+  saved.wait()
+  shutil.rmtree(tmp_path / '1' / 'check')
+  with caplog.at_level('WARNING', logger='absl'):
+    step, _ = checkpoint.restore(saved, train.branches(run.like))
+  assert step == 1 and 'not verified' in caplog.text
+  saved.close()
