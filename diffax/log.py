@@ -1,13 +1,39 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar or plain lines."""
+"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar or plain lines.
+
+Beside what a step computes, a row holds how the run goes (`SPEED`), since the row before:
+
+  steps_per_second, images_per_second
+  teraflops_per_second    of the model, on all devices: three times the FLOPs of a forward pass
+  mfu                     the same as a share of the devices' peak, where that is known
+  input_wait              share of the time that the devices' host waited for data
+  memory_gb               in use on the fullest device of the first host at its most; on a CPU, of
+                          the process
+"""
 
 import collections
+import io
 import json
 import os
+import resource
 import sys
 import time
 
 from etils import epath
 import numpy as np
+
+
+SPEED = ('steps_per_second', 'images_per_second', 'teraflops_per_second', 'mfu', 'input_wait',
+         'memory_gb')
+
+
+def memory():
+  """Bytes in use at their most, of the fullest of this host's devices; on a CPU, of the process."""
+  import jax
+
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  most = max(each.get('peak_bytes_in_use', 0) for each in stats)
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _local(path):
@@ -65,12 +91,24 @@ def read_metrics(path):
 
 
 class Log:
-  """Writes metrics and pictures of a run to its workdir, and its progress to the terminal."""
+  """Writes metrics and pictures of a run to its workdir, and its progress to the terminal.
 
-  def __init__(self, workdir, resumed_at, steps, batch_size):
+  flops: of a step, 0 where not known. peak: FLOP/s of all devices, None where not known. writes:
+  whether this host does; one that does not takes the same calls, and says as well what was bad.
+  """
+
+  def __init__(self, workdir, resumed_at, steps, batch_size, flops=0, peak=None, writes=True):
+    self.workdir, self.writes = epath.Path(workdir), writes
+    self.flops, self.peak = flops, peak
+    self.waited = 0.0  # seconds for data, in all
+    self.progress = Progress(resumed_at, steps, batch_size, None if writes else Silent())
+    self._pending, self._marked = collections.deque(), (time.perf_counter(), 0.0)
+    if writes:
+      self._open(resumed_at)
+
+  def _open(self, resumed_at):
     from tensorboardX import SummaryWriter
 
-    self.workdir = epath.Path(workdir)
     (self.workdir / 'images').mkdir(parents=True, exist_ok=True)
     self.metrics = Metrics(self.workdir / 'metrics.jsonl', resumed_at)
     self.evals = Metrics(self.workdir / 'evals.jsonl', resumed_at)
@@ -79,8 +117,11 @@ class Log:
       purge_step=resumed_at + 1,
       filename_suffix=f'.{time.time_ns()}',  # else two starts in one second share a file
     )
-    self.progress = Progress(resumed_at, steps, batch_size)
-    self._pending = collections.deque()
+
+  def restart(self, step):
+    """Time from here on: what came before (compiling, pictures) is not a step's."""
+    self.progress.restart(step)
+    self._marked = time.perf_counter(), self.waited
 
   def push(self, step, metrics):
     """Takes device arrays to be written at the next push, so that no device waits for it.
@@ -88,23 +129,39 @@ class Log:
     metrics: {name: scalar}, among them `bad`. Returns whether those written now were bad.
     """
     bad = self.settle()
-    self._pending.append((step, metrics, time.perf_counter()))
+    self._pending.append((step, metrics, time.perf_counter(), self.waited))
     return bad
 
   def settle(self):
     """Waits for and writes what was pushed. Returns whether it was bad: not finite, not written."""
     while self._pending:
-      step, metrics, pushed = self._pending.popleft()
+      step, metrics, *marked = self._pending.popleft()
       values = {name: value.item() for name, value in metrics.items()}
       if values.pop('bad'):
         return True
-      rate = self.progress.show(step, values['loss'], pushed)
-      images = rate * self.progress.batch_size
-      self.write(step, values | {'steps_per_second': rate, 'images_per_second': images})
+      self.write(step, values | self._speed(step, values['loss'], *marked))
     return False
+
+  def _speed(self, step, loss, now, waited):
+    rate = self.progress.show(step, loss, now)
+    then, before = self._marked
+    self._marked = now, waited
+    speed = {
+      'steps_per_second': rate,
+      'images_per_second': rate * self.progress.batch_size,
+      'input_wait': (waited - before) / max(now - then, 1e-9),
+      'memory_gb': memory() / 1e9,
+    }
+    if self.flops:
+      speed['teraflops_per_second'] = rate * self.flops / 1e12
+    if self.flops and self.peak:
+      speed['mfu'] = rate * self.flops / self.peak
+    return speed
 
   def write(self, step, values):
     """A row of numbers at `step`."""
+    if not self.writes:
+      return
     self.metrics.write({'step': step} | values)
     for key, value in values.items():
       self.events.add_scalar(key, value, step)
@@ -116,6 +173,8 @@ class Log:
     """
     from diffax import images
 
+    if not self.writes:
+      return
     row = {'step': step, 'eval': name}
     for key, value in pairs:
       if np.ndim(value) == 3:
@@ -129,29 +188,39 @@ class Log:
     self.evals.flush()
 
   def evaluations(self, step):
-    """The names of the evaluations that were done at `step`."""
-    return {row['eval'] for row in read_metrics(self.evals.path) if row['step'] == step}
+    """The names of the evaluations that were done at `step`, as far as this host wrote them."""
+    rows = read_metrics(self.evals.path) if self.writes else []
+    return sorted({row['eval'] for row in rows if row['step'] == step})
 
   def curve(self):
     """images/loss.png, of all that was logged, if anything was."""
     from diffax import images
 
     self.flush()
-    rows = read_metrics(self.metrics.path)
+    rows = read_metrics(self.metrics.path) if self.writes else []
     steps, losses = [row['step'] for row in rows], [row['loss'] for row in rows]
     if not rows:  # a run shorter than log_every
       return
     images.curve(self.workdir / 'images' / 'loss.png', steps, losses, self.workdir.name)
 
   def flush(self):
-    self.metrics.flush()
-    self.events.flush()
+    if self.writes:
+      self.metrics.flush()
+      self.events.flush()
 
   def close(self):
     self.progress.close()
-    self.metrics.close()
-    self.evals.close()
-    self.events.close()
+    if self.writes:
+      self.metrics.close()
+      self.evals.close()
+      self.events.close()
+
+
+class Silent(io.StringIO):
+  """The terminal of a host that does not speak."""
+
+  def write(self, text):
+    return len(text)
 
 
 class Progress:

@@ -7,17 +7,21 @@ the same up to rounding at any accumulation and on any mesh.
 
 import collections
 import signal
+import time
 from typing import Any, NamedTuple
 
 import einops
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffax import checkpoint
 from diffax import ema
 from diffax import evaluate
+from diffax import flops
+from diffax import hosts
 from diffax import log as logs
 from diffax import optim
 from diffax import sample
@@ -58,9 +62,16 @@ class Run(NamedTuple):
   mesh: Any
   like: State  # shapes and shardings of the state
 
+  def layout(self):
+    """A context: models lay themselves out on this run's mesh, see `sharding.using`."""
+    return sharding.using(self.mesh, self.config['attention'])
 
-def setup(config):
-  """Builds and checks everything a config names; allocates nothing. Raises ConfigError."""
+
+def setup(config, devices=None):
+  """Builds and checks everything a config names; allocates nothing. Raises ConfigError.
+
+  devices: of the mesh, None for all; they may be of a topology that is compiled for and not there.
+  """
   source = build(
     'diffax.data.sources', config['data'], path='data', skip=('size', 'flip', 'workers', 'on_error')
   )
@@ -75,6 +86,7 @@ def setup(config):
     raise ConfigError(f'config.keep.averages={config["keep"]["averages"]} is negative; 0 is never')
   if config['data']['workers'] < 0:
     raise ConfigError(f'config.data.workers={config["data"]["workers"]} is less than 0')
+  mesh = sharding.make_mesh(config['mesh'], devices)
   try:
     kept = ema.names(config['ema'])
     pipeline.steps(source, **_data_options(config))
@@ -85,29 +97,32 @@ def setup(config):
       f"config.keep.averages={config['keep']['averages']} keeps power-function averages, and ema="
       f"{config['ema']} has none: add two, as 'power_0.05' and 'power_0.1'"
     )
-  mesh = sharding.make_mesh(config['mesh'])
-  parts = config['accumulate'] * mesh.size
+  parts = config['accumulate'] * sharding.parts(mesh)
   if config['batch_size'] % parts:
     near = max(config['batch_size'] // parts, 1) * parts
     raise ConfigError(
       f'config.batch_size={config["batch_size"]} does not divide by accumulate='
-      f'{config["accumulate"]} times {mesh.size} devices; {near} would'
+      f'{config["accumulate"]} times mesh.data={mesh.shape["data"]} times mesh.fsdp='
+      f'{mesh.shape["fsdp"]} of {mesh.size} devices; {near} would'
     )
   try:
-    shapes = jax.eval_shape(lambda: _init(config, task, tx))
+    with sharding.using(mesh, config['attention']):
+      shapes = jax.eval_shape(lambda: _init(config, task, tx))
   except ConfigError:
     raise
   except ValueError as error:  # such as sizes that do not divide, which the network says
     raise ConfigError(f'config.model: {" ".join(str(error).split())}') from error
   place = sharding.parameters(shapes.params, mesh, config['sharding'])
   whole = sharding.replicated(mesh)
+  averages = sharding.like(shapes.ema, shapes.params, place, mesh)
+  averages = sharding.on_host(averages) if config['ema_on_host'] else averages
   places = State(
     step=whole,
     params=place,
     bad=whole,
     sums=jax.tree.map(lambda _: whole, shapes.sums),
     extra=jax.tree.map(lambda _: whole, shapes.extra),
-    ema=sharding.like(shapes.ema, shapes.params, place, mesh),
+    ema=averages,
     opt=sharding.like(shapes.opt, shapes.params, place, mesh),
   )
   return Run(config, source, task, tx, rate, mesh, checkpoint.abstract(shapes, places))
@@ -129,7 +144,7 @@ def _init(config, task, tx):
 def init(run):
   """The state before the first step, made in place on the mesh."""
   place = jax.tree.map(lambda x: x.sharding, run.like)
-  with sharding.using(run.mesh):
+  with run.layout():
     return jax.jit(lambda: _init(run.config, run.task, run.tx), out_shardings=place)()
 
 
@@ -175,12 +190,15 @@ def make_step(loss, tx, rate, config, prepare=None, carry=None):
     """The next state; where `bad`, this one."""
     # Averages are taken of the chosen parameters, else XLA keeps one more copy of those.
     choose = lambda new, old: jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+    averages = state.ema
+    if config.get('ema_on_host'):
+      averages = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), averages)
     updates, opt = tx.update(grads, state.opt, state.params)
     params = choose(optax.apply_updates(state.params, updates), state.params)
     return State(
       step=choose(state.step + 1, state.step),
       params=params,
-      ema=choose(ema.update(state.ema, params, state.step), state.ema),
+      ema=choose(ema.update(averages, params, state.step), averages),
       opt=choose(opt, state.opt),
       sums=choose(sums, state.sums),
       bad=bad,
@@ -221,7 +239,7 @@ def compile_step(run):
   place = jax.tree.map(lambda x: x.sharding, run.like)
   task = run.task
   step = make_step(task.loss, run.tx, run.rate, run.config, task.prepare, task.update)
-  with sharding.using(run.mesh):
+  with run.layout():
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
     return jitted.lower(run.like, batch).compile()
 
@@ -244,18 +262,25 @@ def _data_options(config):
     size=data['size'] or None,
     flip=data['flip'],
     on_error=data['on_error'],
-    host=jax.process_index(),
-    hosts=jax.process_count(),
   )
+
+
+def _placed(run):
+  """({rows}, place) of this host: options of `pipeline.batches`, and host batch -> global batch."""
+  count = run.config['batch_size']
+  rows = sharding.rows(run.mesh, count)
+  place = lambda batch: sharding.put(batch, sharding.batch(run.mesh), (rows, count))
+  return dict(rows=rows), place
 
 
 def batches(run, start):
   """Global batches of the steps after `start`, on their way to the devices before they are asked
   for."""
-  host = pipeline.batches(
-    run.source, start_step=start, workers=run.config['data']['workers'], **_data_options(run.config)
-  )
-  return pipeline.prefetch(host, sharding.batch(run.mesh))
+  own, place = _placed(run)
+  options = _data_options(run.config) | own
+  workers = run.config['data']['workers']
+  host = pipeline.batches(run.source, start_step=start, workers=workers, **options)
+  return pipeline.prefetch(host, place)
 
 
 # --- trouble --------------------------------------------------------------------------------------
@@ -268,16 +293,16 @@ class BadStep(Exception):
 def each_loss(run, state):
   """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]})."""
   step = int(state.step)
-  batch = pipeline.batch_at(run.source, step, **_data_options(run.config))
-  batch = pipeline.global_batch(batch, sharding.batch(run.mesh))
+  own, place = _placed(run)
+  batch = place(pipeline.batch_at(run.source, step, **_data_options(run.config), **own))
 
   def losses(state, batch):
     keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
     batch = _prepared(run.task.prepare, state, batch, keys)
     return run.task.loss(state.params, state, batch, keys)
 
-  with sharding.using(run.mesh):
-    return jax.device_get((batch, *jax.jit(losses)(state, batch)))
+  with run.layout():
+    return sharding.fetch((batch, *jax.jit(losses)(state, batch)))
 
 
 def _explain(run, state, workdir):
@@ -321,30 +346,39 @@ def _begin(run, checkpoints, warm):
   state = init(run)
   if warm:
     weights = checkpoint.weights(warm / 'checkpoints', run.like)
+    place = jax.tree.map(lambda x: x.sharding, run.like.ema)
     copies = {name: jax.tree.map(jnp.copy, weights['params']) for name in state.ema}
-    state = state.replace(params=weights['params'], ema=weights.get('ema', copies))
+    averages = weights.get('ema', jax.device_put(copies, place))
+    state = state.replace(params=weights['params'], ema=averages)
     return 0, state, f'beginning with the weights of {warm}'
   return 0, state, 'beginning anew'
 
 
-def train(run, workdir, warm=None):
+def train(run, workdir, warm=None, profile=None):
   """Trains until `config.steps`, from where the workdir left off. Returns the last state.
 
-  warm: a workdir whose weights a new run begins with. SIGTERM and SIGINT save and stop. Raises
-  BadStep at the first look after a loss or gradient that was not finite.
+  warm: a workdir whose weights a new run begins with. profile: steps to trace, (first, how many).
+  SIGTERM and SIGINT, on any host, save and stop. Raises BadStep at the first look after a loss or
+  gradient that was not finite.
   """
   config, keep = run.config, run.config['keep']
   evals = evaluations(run)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep['last'], keep['every'])
   averages = checkpoint.Checkpoints(workdir / 'averages', None) if keep['averages'] else None
   start, state, how = _begin(run, checkpoints, warm)
-  log = logs.Log(workdir, start, config['steps'], config['batch_size'])
+  log = logs.Log(
+    workdir, start, config['steps'], config['batch_size'], model_flops(run), _peak(run.mesh),
+    hosts.first(),
+  )
   size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
-  log.progress.say(f'{size:.2f} M parameters on {run.mesh.size} devices, {how}')
-  out = _Out(log, checkpoints, averages, evals)
-  data, stop = batches(run, start), _Stop()
+  where = f'{run.mesh.size} devices' + (f' of {hosts.count()} hosts' if hosts.count() > 1 else '')
+  log.progress.say(f'{size:.2f} M parameters on {where}, {how}')
+  trace = _Trace(workdir / 'profile', start, profile)
+  out = _Out(log, checkpoints, averages, evals, hosts.Watch(config['watchdog']), trace)
+  data, stop = batches(run, start), _Stop(run.mesh)
   try:
     state = _loop(run, state, start, data, out, stop)
+    out.watch.at(config['steps'], 'saving', patient=True)
     checkpoints.wait()
     if int(state.step) == config['steps']:
       log.curve()
@@ -352,12 +386,32 @@ def train(run, workdir, warm=None):
     raise BadStep(_explain(run, bad.args[0], workdir)) from None
   finally:
     stop.restore()
+    trace.close()
     data.close()
     checkpoints.close()
     if averages:
       averages.close()
     log.close()
+    out.watch.close()
   return state
+
+
+def model_flops(run):
+  """FLOPs of a training step: three times those of the losses of a batch."""
+  batch = jax.eval_shape(lambda: _batch_like(run))
+  state = run.like
+
+  def losses(state, batch):
+    keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
+    return run.task.loss(state.params, state, batch, keys)[0]
+
+  return 3 * flops.count(losses, state, batch)
+
+
+def _peak(mesh):
+  """FLOP/s of all devices of a mesh in bfloat16, None where it is not known."""
+  each = flops.peak(mesh.devices.flat[0].device_kind)
+  return each and each * mesh.size
 
 
 class _Out(NamedTuple):
@@ -367,23 +421,62 @@ class _Out(NamedTuple):
   checkpoints: Any
   averages: Any
   evals: dict
+  watch: Any
+  trace: Any
+
+
+class _Trace:
+  """Traces some steps for a profiler to show. steps: (first, how many), None for none."""
+
+  def __init__(self, folder, start, steps):
+    first, count = steps or (0, 0)
+    self.folder, self.running = folder, False
+    self.first = max(first, start + 1) if count else 0
+    self.last = self.first + count - 1
+
+  def before(self, step):
+    if step == self.first:
+      jax.profiler.start_trace(str(self.folder))
+      self.running = True
+
+  def after(self, step, log, waits):
+    """waits: what the step computed, to be there before the trace ends."""
+    if self.running and step == self.last:
+      jax.block_until_ready(waits)
+      self.close()
+      log.progress.say(
+        f'traced steps {self.first} to {step} into {self.folder}: tensorboard --logdir '
+        f'{self.folder} (pip install tensorboard-plugin-profile), or the .json.gz in it at '
+        'https://ui.perfetto.dev'
+      )
+
+  def close(self):
+    if self.running:
+      self.running = False
+      jax.profiler.stop_trace()
 
 
 def _loop(run, state, start, data, out, stop):
   """Steps until the end or a signal. Raises _Bad with the state."""
-  config, log, in_flight = run.config, out.log, collections.deque()
+  config, log, watch, in_flight = run.config, out.log, out.watch, collections.deque()
+  watch.at(start, 'compiling', patient=True)
   step_fn = compile_step(run) if start < config['steps'] else None
+  hosts.wait()
   _evaluate(state, start, run, out, stop)  # what an interrupted run had no time for
-  log.progress.restart(start)
+  log.restart(start)
   for step in range(start + 1, config['steps'] + 1):
-    try:
-      batch = next(data)
-    except ValueError as error:  # a broken record, which the message names
-      raise ConfigError(f'step {step}: {" ".join(str(error).split())}') from error
-    state, metrics = step_fn(state, batch)
-    in_flight.append(metrics['loss'])
+    watch.at(step, 'data')
+    batch = _next(data, step, log)
+    watch.at(step, 'the step')
+    out.trace.before(step)
+    with jax.profiler.StepTraceAnnotation('train', step_num=step):
+      state, metrics = step_fn(state, batch)
+    in_flight.append((metrics['loss'], stop.share()))
     if len(in_flight) > IN_FLIGHT:
-      in_flight.popleft().block_until_ready()
+      loss, shared = in_flight.popleft()
+      loss.block_until_ready()
+      stop.heard(shared)
+    out.trace.after(step, log, state)
     if step % config['log_every'] == 0 and log.push(step, metrics):
       raise _Bad(state)
     saved = step == config['steps'] or step % config['save_every'] == 0
@@ -391,14 +484,32 @@ def _loop(run, state, start, data, out, stop):
       _save(state, step, out)
     if out.averages and step % config['keep']['averages'] == 0:
       _keep(state, step, out)
-    if not stop.signal:
+    if not stop.agreed:
       _evaluate(state, step, run, out, stop)
-    if stop.signal:
+    if stop.agreed:
       if not saved:
         _save(state, step, out)
-      log.progress.say(f'{stop.signal}: stopped at step {step}; the same command goes on from it')
+      log.progress.say(f'{stop.agreed}: stopped at step {step}; the same command goes on from it')
       break
   return state
+
+
+def _next(data, step, log):
+  """The next batch; how long it was waited for is noted. Raises ConfigError for a broken record, or
+  a worker process that died.
+  """
+  began = time.perf_counter()
+  try:
+    return next(data)
+  except ValueError as error:  # a broken record, which the message names
+    raise ConfigError(f'step {step}: {" ".join(str(error).split())}') from error
+  except RuntimeError as error:
+    raise ConfigError(
+      f'step {step}: a data worker is gone ({" ".join(str(error).split())[:200]}); where memory is '
+      'short, take fewer config.data.workers; the same command goes on from the last checkpoint'
+    ) from error
+  finally:
+    log.waited += time.perf_counter() - began
 
 
 def _settle(state, log):
@@ -408,6 +519,7 @@ def _settle(state, log):
 
 
 def _save(state, step, out):
+  out.watch.at(step, 'saving', patient=True)
   _settle(state, out.log)
   out.log.flush()  # so that no checkpoint is newer than what is written of it
   out.checkpoints.save(step, state)
@@ -418,8 +530,9 @@ def _keep(state, step, out):
 
   A step that is there is not written again: a run that goes on comes to the same.
   """
+  out.watch.at(step, 'saving', patient=True)
   _settle(state, out.log)
-  if step not in out.averages.steps():
+  if step not in hosts.tell(out.averages.steps()):
     out.averages.save(step, {name: state.ema[name] for name in ema.powers(state.ema)})
 
 
@@ -429,14 +542,17 @@ def _evaluate(state, step, run, out, stop):
   due = [name for name in evaluate.due(run.config, step) if name in out.evals]
   if not due:
     return
+  out.watch.at(step, 'evaluating', patient=True)
   _settle(state, out.log)
-  workdir, stopped = out.log.workdir, lambda: bool(stop.signal)
-  for name in (name for name in due if name not in out.log.evaluations(step)):
-    found = evaluate.carry_out(name, out.evals[name], state, step, workdir, stopped)
+  done = hosts.tell(out.log.evaluations(step))
+  for name in (name for name in due if name not in done):
+    found = evaluate.carry_out(
+      name, out.evals[name], state, step, out.log.workdir, stop.ask
+    )
     if found is None:
       return
     out.log.evaluated(step, name, found)
-  out.log.progress.restart(step)
+  out.log.restart(step)
 
 
 def evaluations(run):
@@ -452,18 +568,46 @@ class _Bad(Exception):
 
 
 class _Stop:
-  """Notes a SIGTERM or SIGINT for the loop to see; a second one ends the process as ever."""
+  """Notes a SIGTERM or SIGINT for the loop to see; a second one ends the process as ever.
 
-  def __init__(self):
-    self.signal = ''
-    self._before = {}
+  signal: what came here. agreed: what all hosts know of, and act on at the same step: each sends
+  what it has heard along with every step (`share`), and learns what all had heard when that step is
+  done (`heard`), so that no host waits for another. A single host knows at once.
+  """
+
+  def __init__(self, mesh):
+    self.signal = self.agreed = ''
+    self._mesh, self._before = mesh, {}
+    self._place = sharding.everywhere(mesh)
+    self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
     for number in (signal.SIGTERM, signal.SIGINT):
       self._before[number] = signal.signal(number, self._note)
 
   def _note(self, number, frame):
     del frame
     self.signal = signal.Signals(number).name
+    if hosts.count() == 1:
+      self.agreed = self.signal
     self.restore()
+
+  def share(self):
+    """What this host has heard, on its way to all of them."""
+    if hosts.count() == 1:
+      return None
+    flag = np.asarray([bool(self.signal)])
+    size = (self._mesh.size,)
+    return self._any(jax.make_array_from_callback(size, self._place, lambda index: flag))
+
+  def heard(self, shared):
+    """Takes what `share` gave, of a step that is done."""
+    if shared is not None and bool(shared):
+      self.agreed = self.signal or 'a signal on another host'
+
+  def ask(self):
+    """Whether to stop, now; all hosts call it together."""
+    if not self.agreed and hosts.some(self.signal):
+      self.agreed = self.signal or 'a signal on another host'
+    return bool(self.agreed)
 
   def restore(self):
     for number, handler in self._before.items():

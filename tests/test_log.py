@@ -120,6 +120,26 @@ def test_rate(monkeypatch):
   assert progress.show(14, 1.0, now=11.0) == 4
 
 
+def test_speed(tmp_path, monkeypatch):
+  """What a row says of how the run goes; time between `restart` and a push is a step's."""
+  now = [0.0]
+  monkeypatch.setattr(logs.time, 'perf_counter', lambda: now[0])
+  log = logs.Log(epath.Path(tmp_path), 0, 100, 32, flops=3e12, peak=60e12)
+  now[0] = 50.0
+  log.restart(0)  # compiling took so long
+  for step, at, waited in ((10, 52.0, 0.5), (20, 54.0, 1.5)):
+    now[0], log.waited = at, waited
+    log.push(step, dict(loss=jnp.asarray(1.0), bad=jnp.asarray(False)))
+  log.settle()
+  log.close()
+  first, second = logs.read_metrics(epath.Path(tmp_path) / 'metrics.jsonl')
+  wanted = dict(steps_per_second=5.0, images_per_second=160.0, teraflops_per_second=15.0, mfu=0.25)
+  for row, share in ((first, 0.25), (second, 0.5)):
+    assert row['input_wait'] == share and 0.05 < row['memory_gb'] < 100
+    assert {k: row[k] for k in wanted} == wanted
+  assert set(logs.SPEED) < first.keys()
+
+
 def test_grid():
   """Row by row, blank where nothing is left, each pixel a square."""
   pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)

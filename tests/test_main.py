@@ -186,6 +186,20 @@ def test_spellings():
     assert (values.workdir, values.config, overrides) == ('a', 'c', ['--config.steps=5'])
 
 
+def test_compiled_programs_are_kept(tmp_path, monkeypatch):
+  """In the cache's folder, unless the environment names another."""
+  there = jax.config.jax_compilation_cache_dir
+  try:
+    monkeypatch.setenv('DIFFAX_CACHE', str(tmp_path))
+    main._cache_programs()
+    assert jax.config.jax_compilation_cache_dir == there  # $JAX_COMPILATION_CACHE_DIR of the tests
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+    main._cache_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'programs')
+  finally:
+    jax.config.update('jax_compilation_cache_dir', there)
+
+
 def test_what_a_run_leaves(trained):
   assert {p.name for p in trained.iterdir()} == {
     'checkpoints', 'config.json', 'environment.json', 'evals.jsonl', 'images', 'metrics.jsonl',

@@ -1,6 +1,9 @@
 """The training step and its loop: trouble, optimizers, warm starts, signals."""
 
+import gzip
+import json
 import os
+import shutil
 import signal
 
 from etils import epath
@@ -13,6 +16,7 @@ import run_diffax
 
 from diffax import checkpoint
 from diffax import optim
+from diffax import sample
 from diffax import samplers
 from diffax import sharding
 from diffax import train
@@ -309,6 +313,38 @@ def test_pictures(tmp_path):
   train.train(run, epath.Path(tmp_path))
   names = sorted(p.name for p in (tmp_path / 'images').iterdir())
   assert names == ['loss.png', *(f'samples_000000{s}.png' for s in (2, 4, 5))]
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_averages_on_the_host(count, tmp_path):
+  """They lie in its memory, bit for bit what they were on the devices; saved, gone on with, and
+  sampled from."""
+  mesh = f'mesh.fsdp={count}', 'mesh.data=1', 'steps=3', 'save_every=2'
+  wanted = train.train(run_diffax.setup(*mesh, count=count), epath.Path(tmp_path / 'a'))
+  run = run_diffax.setup(*mesh, 'ema_on_host=true', count=count)
+  state = train.train(run, epath.Path(tmp_path / 'b'))
+  shutil.rmtree(tmp_path / 'b' / 'checkpoints' / '3')
+  again = train.train(run, epath.Path(tmp_path / 'b'))
+  for found in (state, again):
+    kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+    assert kinds(found.ema) == {'pinned_host'} and kinds(found.params) == {'device'}
+    run_diffax.assert_same(run_diffax.flat(found), run_diffax.flat(wanted))
+  pictures = []
+  for each, folder in ((run, 'b'), (run_diffax.setup(*mesh, count=count), 'a')):
+    file, *_ = sample.sample(each, epath.Path(tmp_path / folder), 0)
+    pictures.append(dict(np.load(file)))
+  run_diffax.assert_same(*pictures)
+
+
+def test_profile(tmp_path, capsys):
+  """A trace of the steps asked for, in the formats that TensorBoard and Perfetto open."""
+  run = run_diffax.setup(*SHORT, 'evals.samples.every=0')
+  train.train(run, epath.Path(tmp_path), profile=(2, 3))
+  assert f'traced steps 2 to 4 into {tmp_path}/profile' in capsys.readouterr().err
+  assert len(list(tmp_path.glob('profile/plugins/profile/*/*.xplane.pb'))) == 1
+  (trace,) = tmp_path.glob('profile/plugins/profile/*/*.trace.json.gz')
+  with gzip.open(trace) as file:
+    assert len(json.load(file)['traceEvents']) > 10
 
 
 def test_sampling_and_training_share_no_key():
