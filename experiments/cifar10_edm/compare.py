@@ -3,13 +3,17 @@
   python -m diffax.main --config configs/cifar10_edm.py:cpu --workdir runs/cifar10_cpu
   python experiments/cifar10_edm/compare.py parity
   python experiments/cifar10_edm/compare.py train --workdir runs/cifar10_cpu
+  python experiments/cifar10_edm/compare.py expect --workdir runs/cifar10_cpu
   python experiments/cifar10_edm/compare.py judge --workdir runs/cifar10_cpu
   python experiments/cifar10_edm/compare.py speed --out speed.json
 
-parity  The two are one network: on weights drawn by numpy, outputs, losses and gradients agree, and
-        so do the learning rates and decays of every step. Exit code 1 where they do not.
+parity  The two are one network and one training: on weights drawn by numpy, outputs, losses and
+        gradients agree, so do the learning rates and decays of every step, and on the same draws
+        the losses of fifty steps and where they lead. Exit code 1 where they do not.
 train   Trains the twin on as many images as the newest checkpoint of the workdir has seen, or as
         one of --step will have, into WORKDIR/twin.
+expect  Both draw batches, levels and noise as in training and tell the mean loss of the twin's
+        weights, which stay: what differs in data or draws would show. Exit code 1 beyond 4 sigma.
 judge   Puts the twin's averaged weights in diffax's place and carries out the config's evaluations
         on both, with the same code, seeds and counts; writes results.json, table.md, loss.png and
         samples.png to --out (WORKDIR/comparison).
@@ -51,13 +55,17 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / 'configs' / 'cifar10_edm.py'
 NAMES = ('diffax', 'torch')
-TOLERANCE = {'output': 1e-5, 'losses': 1e-5, 'gradient': 1e-3, 'rates': 1e-5, 'decays': 1e-5}
+TOLERANCE = {
+  'output': 1e-5, 'losses': 1e-5, 'gradient': 1e-3, 'rates': 1e-5, 'decays': 1e-5, 'course': 1e-3,
+  'moved': 1e-2,
+}
+UPDATES = 50  # steps of training that parity compares
 
 # What the twin is: of a config that says otherwise, it would be another network or objective.
 DESIGN = dict(
   heads=1, head_width=0, decoder_attention='last', middle_attention=True, adaptive=False,
   resample='block', taps=(1, 1), project=True, rescale=True, time='sinusoidal', endpoint=True,
-  progressive_in='none', progressive_out='none', text=0, image=0, mask=False, remat=False,
+  progressive_in='none', progressive_out='none', text=0, image=0, mask=False, remat='dots_saveable',
   dtype=jnp.dtype('float32'),
 )
 PARTS = {
@@ -231,7 +239,7 @@ def of_workdir(args):
 def parity(args):
   """The largest differences of the two on the same weights and draws; see the module's text."""
   run = of_config(args)
-  made = spec(run, run.config['steps'])
+  made = spec(run, run.config['steps']) | {'updates': UPDATES}
   if made['dropout']:
     raise ConfigError('parity is of networks without chance: say --config.model.dropout=0')
   given = draws(run, made, 4)
@@ -242,12 +250,16 @@ def parity(args):
     call(twin(args, 'answers', *files, f'--out={folder / "twin.npz"}'))
     with np.load(folder / 'twin.npz') as held:
       theirs = dict(held)
-  gradient = {k.removeprefix('gradient/'): theirs.pop(k) for k in list(theirs) if '/' in k}
-  rest = {k: theirs.pop(k) for k in ('output', 'losses', 'rates', 'decays')}
+  trees = {
+    part: {k.removeprefix(f'{part}/'): theirs.pop(k) for k in list(theirs) if k.startswith(part)}
+    for part in ('gradient', 'moved')
+  }
+  rest = {k: theirs.pop(k) for k in ('output', 'losses', 'rates', 'decays', 'course')}
   like = run.like.params['net']
   ours = answers(run, given, jax.tree.map(jnp.asarray, to_diffax(theirs, like)))
-  rest['gradient'] = to_diffax(gradient, like)
-  found = {name: difference(ours[name], rest[name]) for name in TOLERANCE}
+  rest |= {part: to_diffax(tree, like) for part, tree in trees.items()}
+  found = {name: difference(ours[name], rest[name]) for name in TOLERANCE if name != 'moved'}
+  found['moved'] = apart(ours['moved'], rest['moved'])
   size = sum(leaf.size for leaf in jax.tree.leaves(like))
   print(f'{size} parameters on either side; largest difference in parts of the largest value:')
   for name, gap in found.items():
@@ -288,12 +300,34 @@ def answers(run, given, net):
     return each.mean(), each
 
   (_, each), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))({'net': net})
+  course, moved = trained(run, loss, batch, net)
   steps = np.arange(run.config['steps'])
   decay = float(sample.last(run.like))
   return {
     'output': output, 'losses': each, 'gradient': gradient['net'],
     'rates': jax.vmap(run.rate)(steps), 'decays': np.minimum(decay, (1 + steps) / (10 + steps)),
+    'course': course, 'moved': moved,
   }
+
+
+def trained(run, loss, batch, net):
+  """Losses of `UPDATES` steps as the loop takes them, and how far the average went from `net`."""
+  config = run.config | {'batch_size': len(batch['image']), 'log_every': 1, 'accumulate': 1}
+  step, params = jax.jit(train.make_step(loss, run.tx, run.rate, config)), {'net': net}
+  state = train.init(run)
+  state = state.replace(params=params, ema={sample.last(run.like): params})
+  course = []
+  for k in range(UPDATES):  # the noise of another image each time
+    rolled = {name: np.roll(batch[name], k, 0) for name in ('eps', 'u')}
+    state, metrics = step(state, batch | rolled)
+    course.append(float(metrics['loss']))
+  return np.array(course), jax.tree.map(lambda x, y: x - y, sample.choose(state, '')['net'], net)
+
+
+def apart(ours, theirs):
+  """The length of the difference in parts of the length of the whole, all leaves as one vector."""
+  length = lambda tree: sum(float((np.asarray(x) ** 2).sum()) for x in jax.tree.leaves(tree)) ** 0.5
+  return length(jax.tree.map(lambda x, y: np.asarray(x) - y, ours, theirs)) / length(theirs)
 
 
 def difference(ours, theirs):
@@ -322,6 +356,50 @@ def train_twin(args):
     save(data, image=image, label=label)
   call(twin(args, 'train', out / 'spec.json', data, f'--out={out}'))
   print(out / 'weights.npz')
+
+
+def expect(args):
+  """The mean loss of one network, the twin's, as each side draws its batches and noise."""
+  run, step, workdir = of_workdir(args)
+  out, seed, count = workdir / 'twin', run.config['seed'] + 1, args.batches
+  with tempfile.TemporaryDirectory() as folder:
+    told = epath.Path(folder) / 'spec.json'
+    configs.write(told, json.dumps(spec(run, count)))
+    call(twin(args, 'expect', told, out / 'images.npz', f'--out={out}'))
+  with np.load(out / 'expected.npz') as held:
+    theirs = held['losses'], held['sigma']
+  run = run._replace(config=run.config | {'seed': seed})
+  with np.load(out / 'weights.npz') as held:
+    params = {'net': to_diffax(dict(held), run.like.params['net'])}
+  losses = jax.jit(lambda batch, keys: run.task.loss(params, run.like, batch, keys))
+  data, found = train.batches(run, 0), []
+  for k in range(count):
+    batch = {name: x for name, x in next(data).items() if name != 'index'}
+    each, info = losses(batch, train.example_keys(seed, k, run.config['batch_size']))
+    found.append(np.stack([each, info['noise']]))
+  data.close()
+  return told_apart(dict(zip(NAMES, (np.concatenate(found, 1), theirs))))
+
+
+def told_apart(drawn, bins=100):
+  """Prints means of each side's (losses, levels); 1 where they are further apart than chance goes.
+
+  What a loss owes to its level is taken out, the mean of both sides' losses of like levels, else it
+  would be most of the chance.
+  """
+  loss, sigma = (np.concatenate([drawn[side][i] for side in NAMES]) for i in (0, 1))
+  edges = np.quantile(sigma, np.linspace(0, 1, bins + 1)[1:-1])
+  where = np.searchsorted(edges, sigma)
+  typical = np.bincount(where, loss) / np.bincount(where)
+  rest = np.split((loss - typical[where]).astype('f8'), [len(drawn[NAMES[0]][0])])
+  spread = np.hypot(*(x.std() / len(x) ** 0.5 for x in rest))
+  for side in NAMES:
+    each, level = drawn[side]
+    print(f'{side:8} loss {each.mean():.5f}, of {len(each)} images at levels of '
+          f'{np.log(level).mean():.4f}, {np.log(level).std():.4f} (mean and deviation of the log)')
+  gap = rest[0].mean() - rest[1].mean()
+  print(f'at like levels {gap / loss.mean():+.2%}, {abs(gap) / spread:.1f} standard errors')
+  return int(abs(gap) > 4 * spread)
 
 
 def judge(args):
@@ -531,7 +609,9 @@ def report(args, run, facts, told):
 # --- the door -------------------------------------------------------------------------------------
 
 
-COMMANDS = dict(parity=parity, train=train_twin, judge=judge, speed=speed, ours=ours)
+COMMANDS = dict(
+  parity=parity, train=train_twin, expect=expect, judge=judge, speed=speed, ours=ours,
+)
 
 
 def arguments(argv):
@@ -540,12 +620,13 @@ def arguments(argv):
   )
   parser.add_argument('command', choices=COMMANDS)
   parser.add_argument('--config', default=f'{RECIPE}:cpu', help='parity, speed: FILE[:variant]')
-  parser.add_argument('--workdir', help='train, judge: of our run')
+  parser.add_argument('--workdir', help='train, expect, judge: of our run')
   parser.add_argument('--step', type=int, default=0, help='train, judge: of our run (newest)')
   python = os.environ.get('DIFFAX_TORCH') or sys.executable
   parser.add_argument('--torch-python', default=python, help='the python that has torch')
   parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
   parser.add_argument('--evals', nargs='*', default=(), help='judge: which of the config (all)')
+  parser.add_argument('--batches', type=int, default=400, help='expect')
   parser.add_argument('--turns', type=int, default=11, help='speed')
   parser.add_argument('--steps', type=int, default=3, help='speed: a turn')
   parser.add_argument('--out', help='judge: a folder; speed: a json file')

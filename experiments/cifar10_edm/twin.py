@@ -166,6 +166,17 @@ def losses(net, spec, y, sigma, eps, label):
   return (variance / (s * d) ** 2 * (x0 - y).square()).mean((1, 2, 3))
 
 
+def draw(spec, images, label):
+  """What a step is of: images [b c h w], sigma [b], noise, labels, of which some are dropped."""
+  y, label = images.to(DEVICE).permute(0, 3, 1, 2), label.to(DEVICE)
+  sigma = (spec['mean'] + spec['std'] * torch.randn(len(y), device=DEVICE)).exp()
+  sigma = sigma.clamp(spec['sigma_min'], spec['sigma_max'])
+  if spec['classes']:
+    drop = torch.rand(len(y), device=DEVICE) < spec['drop_cond']
+    label = torch.where(drop, spec['classes'], label)
+  return y, sigma, torch.randn_like(y), label
+
+
 def rate(spec, step):
   """The learning rate of the update after `step` others: a linear rise, then half a cosine."""
   r = spec['rate']
@@ -180,27 +191,25 @@ def decay(spec, step):
   return min(spec['ema'], (1 + step) / (10 + step))
 
 
-def trainer(spec):
-  """(net, average, update): `update(images [b h w c] in [-1, 1], label [b])` is a step; its loss.
+def trainer(spec, net=None):
+  """(net, average, update, learn): `update(images [b h w c] in [-1, 1], label [b])` is a step, and
+  `learn(images [b c h w], sigma, noise, label)` one whose draws are given; both return its loss.
 
-  average: the averaged parameters, a list in the order of the net's.
+  average: the averaged parameters, a list in the order of the net's. net: None for a new one.
   """
   torch.manual_seed(spec['seed'])
-  net = UNet(spec).to(DEVICE, memory_format=LAST).train()
+  net = net or UNet(spec).to(DEVICE, memory_format=LAST).train()
   params = list(net.parameters())
   average = [p.detach().clone() for p in params]
   adam = torch.optim.Adam(params, 0.0, (spec['b1'], spec['b2']), spec['adam_eps'], fused=True)
   count = 0
 
   def update(images, label):
+    return learn(*draw(spec, images, label))
+
+  def learn(y, sigma, eps, label):
     nonlocal count
-    y, label = images.to(DEVICE).permute(0, 3, 1, 2), label.to(DEVICE)
-    sigma = (spec['mean'] + spec['std'] * torch.randn(len(y), device=DEVICE)).exp()
-    sigma = sigma.clamp(spec['sigma_min'], spec['sigma_max'])
-    if spec['classes']:
-      drop = torch.rand(len(y), device=DEVICE) < spec['drop_cond']
-      label = torch.where(drop, spec['classes'], label)
-    loss = losses(net, spec, y, sigma, torch.randn_like(y), label).mean()
+    loss = losses(net, spec, y, sigma, eps, label).mean()
     adam.zero_grad(set_to_none=True)
     loss.backward()
     if spec['clip']:
@@ -212,7 +221,7 @@ def trainer(spec):
     count += 1
     return loss.detach()
 
-  return net, average, update
+  return net, average, update, learn
 
 
 # --- the commands ---------------------------------------------------------------------------------
@@ -238,7 +247,7 @@ def batches(spec, data):
 
 def train(spec, data, out):
   """Trains for the spec's steps; writes log.jsonl and the averaged weights.npz into `out`."""
-  net, average, update = trainer(spec)
+  net, average, update, _ = trainer(spec)
   source, total, mark = batches(spec, data), torch.zeros((), device=DEVICE), time.perf_counter()
   with open(out / 'log.jsonl', 'w') as log:
     for step in range(1, spec['steps'] + 1):
@@ -256,12 +265,31 @@ def train(spec, data, out):
   np.savez(out / 'weights.npz', **{name: p.cpu().numpy() for name, p in zip(names, average)})
 
 
+def expect(spec, data, out):
+  """Losses, and levels, of `steps` batches under the averaged weights in `out`, which stay; written
+  to expected.npz.
+  """
+  net = UNet(spec).to(DEVICE, memory_format=LAST).train()
+  with np.load(out / 'weights.npz') as held, torch.no_grad():
+    for name, p in net.named_parameters():
+      p.copy_(torch.from_numpy(held[name]))
+  torch.manual_seed(spec['seed'] + 1)
+  source, each, levels = batches(spec, data), [], []
+  with torch.no_grad():
+    for _ in range(spec['steps']):
+      drawn = draw(spec, *next(source))
+      each.append(losses(net, spec, *drawn).cpu())
+      levels.append(drawn[1].cpu())
+  np.savez(out / 'expected.npz', losses=torch.cat(each), sigma=torch.cat(levels))
+
+
 def answers(spec, data, out):
   """Outputs, losses and gradients of weights drawn by numpy from their names, for given inputs.
 
   data: a .npz of x [b h w c], t and sigma [b], image and eps as x, label [b]. Written to `out`,
-  beside the weights: `output`, `losses`, `gradient/NAME` of the mean loss, and of the spec's steps
-  `rates` and `decays`.
+  beside the weights: `output`, `losses`, `gradient/NAME` of the mean loss, of the spec's steps
+  `rates` and `decays`, of `updates` steps of training their losses, `course`, and how far the
+  averaged parameters went, `moved/NAME`.
   """
   net = UNet(spec).to(memory_format=LAST).train()
   for name, p in net.named_parameters():
@@ -279,6 +307,15 @@ def answers(spec, data, out):
   each.mean().backward()
   found = {name: p.detach() for name, p in net.named_parameters()}
   found |= {f'gradient/{name}': p.grad for name, p in net.named_parameters()}
+  found = {name: x.clone() for name, x in found.items()}
+  _, average, _, learn = trainer(spec, net)
+  course = []
+  for k in range(spec['updates']):  # the noise of another image each time
+    eps = picture('eps').roll(k, 0)
+    course.append(learn(picture('image'), given['sigma'].roll(k, 0), eps, label))
+  for (name, _), p in zip(net.named_parameters(), average):
+    found[f'moved/{name}'] = p - found[name]
+  found['course'] = torch.stack(course)
   steps = range(spec['steps'])
   np.savez(
     out, output=output, losses=each.detach(), rates=[rate(spec, step) for step in steps],
@@ -288,7 +325,7 @@ def answers(spec, data, out):
 
 def serve(spec, data, steps):
   """Trains on one batch, when asked to; see turns.py. data: as that of `batches`."""
-  _, average, update = trainer(spec)
+  _, average, update, _ = trainer(spec)
   batch = next(batches(spec, data))
 
   def advance(count):
@@ -319,7 +356,7 @@ def flop(update, batch):
 
 def main():
   parser = argparse.ArgumentParser(description='the twin, to be started by compare.py')
-  parser.add_argument('command', choices=('train', 'answers', 'serve'))
+  parser.add_argument('command', choices=('train', 'answers', 'expect', 'serve'))
   parser.add_argument('--spec', type=pathlib.Path, required=True)
   parser.add_argument('--data', required=True)
   parser.add_argument('--out', type=pathlib.Path)
@@ -332,7 +369,7 @@ def main():
     turns.pin(args.threads)
     serve(spec, args.data, args.steps)
   else:
-    {'train': train, 'answers': answers}[args.command](spec, args.data, args.out)
+    {'train': train, 'answers': answers, 'expect': expect}[args.command](spec, args.data, args.out)
 
 
 if __name__ == '__main__':
