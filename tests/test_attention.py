@@ -103,11 +103,13 @@ def test_ring_passes_on_what_it_holds():
   assert 'collective-permute' in program and 'all-gather' not in program
 
 
-def test_ring_keeps_no_scores_for_the_gradient():
+@pytest.mark.parametrize('remat', [False, True])
+def test_ring_keeps_no_scores_for_the_gradient(remat):
   mesh = mesh_of('sequence 4')
   q, k, v = inputs(1, 512, 512)
   with sharding.using(mesh):
     f = lambda q, k, v: attentions.attention(q, k, v, impl='ring').sum()
+    f = jax.checkpoint(f, policy=layers.policy('dots_saveable')) if remat else f
     program = str(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, k, v))
   assert '128,128]' in program  # a block of scores is all there is at once
   assert '4,1,2,128,128]' not in program and '512,512]' not in program

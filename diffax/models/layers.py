@@ -196,18 +196,34 @@ def flat_dot(x, kernel, dimensions, **options):
 POLICIES = ('none', 'dots_saveable', 'dots_with_no_batch_dims_saveable', 'nothing_saveable')
 
 
-def remat(module, policy, **options):
-  """The module, of whose inner values the backward pass finds only what `policy` keeps.
+def remat(module, name, **options):
+  """The module, of whose inner values the backward pass finds only what the policy `name` keeps.
 
-  policy: 'none' recomputes nothing; else a name of `jax.checkpoint_policies`: 'dots_saveable'
+  name: 'none' recomputes nothing; else a name of `jax.checkpoint_policies`: 'dots_saveable'
   recomputes all but products and convolutions, 'nothing_saveable' all from the module's input.
   Raises ValueError for another.
   """
-  if policy not in POLICIES:
-    raise ValueError(f'model.remat={policy!r} is none of {", ".join(POLICIES)}')
-  if policy == 'none':
-    return module
-  return nn.remat(module, policy=getattr(jax.checkpoint_policies, policy), **options)
+  if name not in POLICIES:
+    raise ValueError(f'model.remat={name!r} is none of {", ".join(POLICIES)}')
+  return module if name == 'none' else nn.remat(module, policy=policy(name), **options)
+
+
+def policy(name):
+  """The function of `jax.checkpoint_policies`; where tokens are split, `dots_saveable` leaves out
+  products within examples, the ring's blocks of scores, of which it is to keep none.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axis = None if mesh.empty else nn.logical_to_mesh_axes(('tokens',))[0]
+  if name == 'dots_saveable' and axis and mesh.shape[axis] > 1:
+    return _unbatched
+  return getattr(jax.checkpoint_policies, name)
+
+
+def _unbatched(primitive, *_, **params):
+  if primitive is jax.lax.dot_general_p:
+    _, (batched, _) = params['dimension_numbers']
+    return not batched
+  return primitive is jax.lax.conv_general_dilated_p
 
 
 def dropout(x, keys, rate):
