@@ -63,7 +63,7 @@ GPUS = {'h100': HOPPER % (3.35e12, 80e9), 'h200': HOPPER % (4.8e12, 141e9)}  # v
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 TABLE = (
   ('v5e:4x4', 1, 'XL/2', 'fsdp=16', 32, 256), ('v5e:4x4', 1, 'XL/2', 'fsdp=4,tensor=4', 32, 256),
-  ('v5e:4x4', 1, 'XL/2', 'fsdp=4,sequence=4', 128, 64),
+  ('v5e:4x4', 1, 'XL/2', 'fsdp=4,sequence=4', 128, 32),
   ('v5e:4x4', 1, 'XL/2', 'fsdp=16', 128, 64), ('v5e:4x4', 2, 'XL/2', 'data=2,fsdp=16', 32, 256),
   ('h200', 1, 'XL/2', 'fsdp=8', 32, 256),
 )
