@@ -41,6 +41,7 @@ SLURM = dict(SLURM_JOB_ID='7', SLURM_NTASKS='4', SLURM_PROCID='1')
   (dict(SLURM, SLURM_NTASKS='1'), None),
   (SLURM, {}),
   (dict(SLURM, SLURM_STEP_TASKS_PER_NODE='8(x2)'), {}),  # a task a GPU, as jax takes it
+  (dict(SLURM, SLURM_STEP_TASKS_PER_NODE='16(x2)'), {}),
   (dict(SLURM, SLURM_STEP_TASKS_PER_NODE='1(x4)', CUDA_VISIBLE_DEVICES='0,1,2'),
    dict(local_device_ids=[0, 1, 2])),
   (dict(SLURM, SLURM_NTASKS_PER_NODE='1', SLURM_GPUS_ON_NODE='8'),

@@ -287,7 +287,7 @@ def _noticed(run, workdir, at, host):
   found = re.search(rf'host {host} of \d+ [^\n]*last step was (\d+)[^\n]*', run.text())
   if not found:
     raise Failed(f'host {host} is not named:\n{run.tail()}')
-  said = f'{found[0].split(".")[0][:70]} (after {seconds:.0f} s)'
+  said = f'{found[0].split(". ")[0]} (after {seconds:.0f} s)'
   if seconds > 60:
     raise Failed(f'only {said}')
   return _ended(run, workdir, at or int(found[1]), status) | dict(said=said)
