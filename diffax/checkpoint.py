@@ -48,9 +48,15 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, step, state):
-    """Starts to write `state`; returns when the arrays are copied off the device."""
+    """Starts to write `state`; returns when the arrays are copied off the device.
+
+    Of its branch `frozen`, which it was given, the checksums alone.
+    """
+    sums = checksums(state)
+    if getattr(state, 'frozen', None):
+      state = state.replace(frozen={})
     arguments = ocp.args.Composite(
-      default=ocp.args.StandardSave(state), check=ocp.args.JsonSave(checksums(state))
+      default=ocp.args.StandardSave(state), check=ocp.args.JsonSave(sums)
     )
     self._manager.save(step, args=arguments, force=True)
 
@@ -118,14 +124,30 @@ def _place(shape):
   return place
 
 
-def _verify(folder, step, tree):
-  """Raises ValueError where arrays read are not those that were written."""
+def _changed(folder, step, tree):
+  """The paths of arrays that are not those whose checksums a checkpoint holds."""
   file = _absolute(folder) / str(step) / 'check' / 'metadata'
   if not file.exists():
     logging.warning('checkpoint %d is of a version without checksums: not verified', step)
-    return
+    return []
   written = json.loads(file.read_text())
-  changed = [path for path, sum_ in checksums(tree).items() if written.get(path) != sum_]
+  return [path for path, sum_ in checksums(tree).items() if written.get(path) != sum_]
+
+
+def same(folder, step, tree):
+  """Raises ConfigError where arrays that a run is given are not those it had at `step`."""
+  changed = _changed(folder, step, tree) if jax.tree.leaves(tree) else []
+  if changed:
+    raise ConfigError(
+      f'{len(changed)} weights are not those that the checkpoint of step {step} in {folder} was '
+      f'trained with, among them {", ".join(changed[:3])}: name the files it was trained with, or '
+      'begin another run'
+    )
+
+
+def _verify(folder, step, tree):
+  """Raises ValueError where arrays read are not those that were written."""
+  changed = _changed(folder, step, tree)
   if changed:
     raise ValueError(
       f'{len(changed)} arrays are not what was written, among them {", ".join(changed[:3])}'

@@ -48,6 +48,8 @@ SAMPLER = dict(steps=50, calls=0, grid=dict(name='uniform'))  # calls: network c
 SAMPLING = dict(
   sampler=dict(name='dpmpp_2m'),
   noise='independent',
+  prompts=(),  # of a model that is told text, taken in turn; none: captions of the data
+  negative='',
   guidance=1.0,
   interval=(),
   guide=dict(name='cfg'),
@@ -74,6 +76,8 @@ SLOTS = (
   Slot(r'loss\.distance', 'diffax.losses', ('Distance',)),
   Slot(r'loss\.coupling', 'diffax.couplings', ('Callable',)),
   Slot(r'loss\.draw', 'diffax.times', given=('key', 'count')),
+  Slot(r'latent', 'diffax.latents', ('Latent',), ('source',)),
+  Slot(r'text(\.of)*', 'diffax.texts', ('Text',), ('source',)),
   Slot(r'model', 'diffax.models', ('Module',)),
   Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0, unit_kernels='')),
   Slot(r'learning_rate', 'optax.schedules'),
@@ -115,6 +119,8 @@ DEFAULTS = dict(
     perturb=0.0,  # noise added to what the network is shown
     uncertainty=0,  # channels of a learned weight a noise level; 0 for none
   ),
+  latent=dict(name='none'),
+  text=dict(name='none'),
   model=dict,
   optimizer=dict(name='adamw'),
   learning_rate=dict(name='constant_schedule', value=1e-4),

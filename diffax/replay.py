@@ -1,6 +1,7 @@
 """Doing one training step again, to look at it: its examples, their noise levels and losses."""
 
 from diffax import checkpoint
+from diffax import sample
 from diffax import train
 from diffax.build import ConfigError
 
@@ -18,7 +19,8 @@ def state_before(run, workdir, step, show=print):
   while state is None and before:
     start = before.pop()
     try:
-      state = run.like.replace(**checkpoint.read(folder, start, train.branches(run.like)))
+      found = checkpoint.read(folder, start, train.branches(run.like))
+      state = run.like.replace(**found, frozen=sample.frozen(run))
     except Exception as error:  # of many kinds
       show(f'checkpoint {start} cannot be read ({type(error).__name__})')
       start = 0

@@ -3,7 +3,6 @@
 import io
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffax import checkpoint
@@ -31,48 +30,32 @@ def last(state):
   return (list(state.ema) or ['none'])[-1]
 
 
-def labels(wanted, index, classes):
-  """A label for each sample index: 'balanced', or labels to take in turn, as '3' or '0,1,7'."""
-  if wanted == 'balanced':
-    return index % max(classes, 1)
-  try:
-    chosen = [int(label) for label in wanted.split(',')]
-  except ValueError:
-    chosen = [-1]
-  if not classes or min(chosen) < 0 or max(chosen) >= classes:
-    raise ConfigError(
-      f"labels={wanted!r}: 'balanced', or labels of 0 to {classes - 1} with commas between"
-      if classes
-      else f"labels={wanted!r}: this model knows no labels; only 'balanced' is allowed"
-    )
-  return np.asarray(chosen)[index % len(chosen)]
-
-
 def drawer(run, settings, path):
-  """A function `(state, count, start=0) -> (x [count h w c], labels int [count])`, compiled once.
+  """A function `(state, count, start=0) -> (x [count h w c], asked)`, compiled once.
 
-  It draws the samples `start`, `start + 1`, ...: uint8, or float32 where the data is floats.
-  settings: a `sample` section or evaluation of the config, `path` its place. Raises ConfigError.
+  It draws the samples `start`, `start + 1`, ...: uint8, or float32 where the data is floats. asked:
+  {name: [count ...]}, what was asked of each (`tasks.Drawing`). settings: a `sample` section or
+  evaluation of the config, `path` its place. Raises ConfigError.
   """
   if settings['batch_size'] < 1:
     raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
   whole = lambda count: sharding.whole(count, run.mesh)
-  labels(settings['labels'], np.arange(1), run.task.classes)
   used = settings['ema'] or last(run.like)
   like = _like(run.like, used)
-  draw = run.task.sample(settings, path)
+  drawing = run.task.sample(settings, path)
   batch = sharding.batch(run.mesh)
   finish = transforms.to_uint8 if run.source.dtype == np.uint8 else np.asarray
 
   @jax.jit
-  def generate(params, index, label):
-    index, label = (jax.lax.with_sharding_constraint(a, batch) for a in (index, label))
-    return draw(params, samplers.sample_keys(settings['seed'], index), label)
+  def generate(params, frozen, index, asked):
+    lay = lambda x: jax.lax.with_sharding_constraint(x, batch)
+    index, asked = lay(index), jax.tree.map(lay, asked)
+    return drawing.draw(params, frozen, samplers.sample_keys(settings['seed'], index), asked)
 
   try:  # what only a look at the whole can tell, before any of it is compiled
-    number = jax.ShapeDtypeStruct((whole(settings['batch_size']),), jnp.int32)
+    index = np.arange(whole(settings['batch_size']), dtype=np.int32)
     with run.layout():
-      jax.eval_shape(generate, like, number, number)
+      jax.eval_shape(generate, like, run.like.frozen, index, drawing.ask(index))
   except ConfigError:
     raise
   except (ValueError, TypeError) as error:
@@ -80,17 +63,22 @@ def drawer(run, settings, path):
 
   def samples(state, count, start=0):
     """In batches of one size, so of one program; what is drawn beyond `count` is left out."""
-    params, parts = choose(state, used), []
+    params, parts, asks = choose(state, used), [], []
     size = whole(min(settings['batch_size'], count))
-    index = start + np.arange(-(-count // size) * size)
-    label = labels(settings['labels'], index, run.task.classes)
     with run.layout():
-      for i in range(0, count, size):
-        x = generate(params, *(a[i : i + size].astype(np.int32) for a in (index, label)))
-        parts.append(finish(sharding.fetch(x)))
-    return np.concatenate(parts)[:count], label[:count]
+      for i in range(start, start + count, size):
+        index = np.arange(i, i + size, dtype=np.int32)
+        asks.append(drawing.ask(index))
+        parts.append(finish(sharding.fetch(generate(params, state.frozen, index, asks[-1]))))
+    join = lambda *xs: np.concatenate(xs)[:count]
+    return join(*parts), jax.tree.map(join, *asks)
 
   return samples
+
+
+def frozen(run):
+  """What the run's task reads and never trains, on the mesh: {name: parameters}."""
+  return {name: each.load(run.like.frozen[name]) for name, each in run.task.frozen.items()}
 
 
 # --- which parameters -----------------------------------------------------------------------------
@@ -115,6 +103,8 @@ def restore(run, workdir, step, names):
   step, found = checkpoint.load(workdir / 'checkpoints', step, wanted)
   read = found.get('ema', {})
   found['ema'] = read | {name: _made(run, workdir, step, name, read) for name in made}
+  found['frozen'] = frozen(run)
+  checkpoint.same(workdir / 'checkpoints', step, {'frozen': found['frozen']})
   return step, run.like.replace(**found)
 
 
@@ -152,7 +142,8 @@ def sample(run, workdir, step):
     raise ConfigError(f'config.sample.count={settings["count"]} is less than 1')
   draw = drawer(run, settings, 'sample')
   _, state = restore(run, workdir, step, [settings['ema']])
-  pictures, label = draw(state, settings['count'])
+  pictures, asked = draw(state, settings['count'])
+  label = asked.get('label', np.zeros(len(pictures), np.int32))
   if hosts.first():
     data = io.BytesIO()
     np.savez(data, pictures, label)

@@ -39,7 +39,8 @@ class State:
 
   step: updates made. params: a dict of groups. ema: {decay: params}. opt: the optimizer's.
   sums: metrics summed since the last step that was logged. bad: a loss or gradient was not finite;
-  the state has stood still since. extra: what the task carries on beside the parameters.
+  the state has stood still since. extra: what the task carries on beside the parameters. frozen:
+  {name: parameters} that are read and never trained, see `tasks.Frozen`.
   """
 
   step: jax.Array
@@ -49,6 +50,7 @@ class State:
   sums: Any
   bad: jax.Array
   extra: Any = flax.struct.field(default_factory=dict)
+  frozen: Any = flax.struct.field(default_factory=dict)
 
 
 class Run(NamedTuple):
@@ -88,11 +90,11 @@ def setup(config, devices=None):
     raise ConfigError(f'config.data.workers={config["data"]["workers"]} is less than 0')
   mesh = sharding.make_mesh(config['mesh'], devices)
   try:
-    kept = ema.names(config['ema'])
-    pipeline.steps(source, **_data_options(config))
+    averaged = ema.names(config['ema'])
+    pipeline.steps(source, **_data_options(config, task))
   except ValueError as error:
     raise ConfigError(f'config: {error}') from error
-  if config['keep']['averages'] and not ema.powers(kept):
+  if config['keep']['averages'] and not ema.powers(averaged):
     raise ConfigError(
       f"config.keep.averages={config['keep']['averages']} keeps power-function averages, and ema="
       f"{config['ema']} has none: add two, as 'power_0.05' and 'power_0.1'"
@@ -108,17 +110,21 @@ def setup(config, devices=None):
   try:
     with sharding.using(mesh, config['attention']):
       shapes = jax.eval_shape(lambda: _init(config, task, tx))
+      frozen = {name: jax.eval_shape(each.like) for name, each in task.frozen.items()}
+      shapes = shapes.replace(frozen=frozen)
   except ConfigError:
     raise
   except ValueError as error:  # such as sizes that do not divide, which the network says
     raise ConfigError(f'config.model: {" ".join(str(error).split())}') from error
-  place = sharding.parameters(shapes.params, mesh, config['sharding'])
+  place = sharding.parameters(shapes.params | shapes.frozen, mesh, config['sharding'])
+  kept, place = ({k: place[k] for k in part} for part in (shapes.frozen, shapes.params))
   whole = sharding.replicated(mesh)
   averages = sharding.like(shapes.ema, shapes.params, place, mesh)
   averages = sharding.on_host(averages) if config['ema_on_host'] else averages
   places = State(
     step=whole,
     params=place,
+    frozen=kept,
     bad=whole,
     sums=jax.tree.map(lambda _: whole, shapes.sums),
     extra=jax.tree.map(lambda _: whole, shapes.extra),
@@ -142,10 +148,11 @@ def _init(config, task, tx):
 
 
 def init(run):
-  """The state before the first step, made in place on the mesh."""
-  place = jax.tree.map(lambda x: x.sharding, run.like)
+  """The state before the first step, made in place on the mesh, and what is frozen."""
+  place = jax.tree.map(lambda x: x.sharding, run.like.replace(frozen={}))
   with run.layout():
-    return jax.jit(lambda: _init(run.config, run.task, run.tx), out_shardings=place)()
+    made = jax.jit(lambda: _init(run.config, run.task, run.tx), out_shardings=place)()
+  return made.replace(frozen=sample.frozen(run))
 
 
 def example_keys(seed, step, count):
@@ -203,6 +210,7 @@ def make_step(loss, tx, rate, config, prepare=None, carry=None):
       sums=choose(sums, state.sums),
       bad=bad,
       extra=choose(extra, state.extra),
+      frozen=state.frozen,
     )
 
   def step(state, batch):
@@ -247,16 +255,19 @@ def compile_step(run):
 def _batch_like(run):
   data, b = run.config['data'], run.config['batch_size']
   h, w, c = (data['size'],) * 2 + (run.source.shape[-1],) if data['size'] else run.source.shape
+  tokens = run.task.tokenize([''] * b) if run.task.tokenize else {}
   return {
     'image': jnp.zeros((b, h, w, c)),
     'label': jnp.zeros(b, jnp.int32),
     'index': jnp.zeros(b, jnp.int32),
+    **tokens,
   }
 
 
-def _data_options(config):
+def _data_options(config, task):
   data = config['data']
   return dict(
+    tokenize=task.tokenize,
     batch_size=config['batch_size'],
     seed=config['seed'],
     size=data['size'] or None,
@@ -277,7 +288,7 @@ def batches(run, start):
   """Global batches of the steps after `start`, on their way to the devices before they are asked
   for."""
   own, place = _placed(run)
-  options = _data_options(run.config) | own
+  options = _data_options(run.config, run.task) | own
   workers = run.config['data']['workers']
   host = pipeline.batches(run.source, start_step=start, workers=workers, **options)
   return pipeline.prefetch(host, place)
@@ -294,7 +305,7 @@ def each_loss(run, state):
   """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]})."""
   step = int(state.step)
   own, place = _placed(run)
-  batch = place(pipeline.batch_at(run.source, step, **_data_options(run.config), **own))
+  batch = place(pipeline.batch_at(run.source, step, **_data_options(run.config, run.task), **own))
 
   def losses(state, batch):
     keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
@@ -334,14 +345,22 @@ def _explain(run, state, workdir):
 
 
 def branches(like):
-  """{name: branch} of a state's arrays; without the empty ones, which older checkpoints lack."""
-  return {name: branch for name, branch in vars(like).items() if jax.tree.leaves(branch)}
+  """{name: branch} of a state's arrays in a checkpoint: without the frozen, and without the empty
+  ones, which older checkpoints lack."""
+  return {
+    name: branch
+    for name, branch in vars(like).items()
+    if name != 'frozen' and jax.tree.leaves(branch)
+  }
 
 
 def _begin(run, checkpoints, warm):
   """(step, state, how): from the newest checkpoint here, else another run's weights, else anew."""
   step, found = checkpoint.restore(checkpoints, branches(run.like))
   if found is not None:
+    frozen = sample.frozen(run)
+    checkpoint.same(checkpoints.folder, step, {'frozen': frozen})
+    found['frozen'] = frozen
     return step, run.like.replace(**found), f'going on from the checkpoint of step {step}'
   state = init(run)
   if warm:

@@ -219,9 +219,9 @@ def test_importance(state):
 def drawn(run, params, *overrides):
   """Eight samples of a run's network by a config's `sample` section, ten labels in turn."""
   settings = run_diffax.config(*TINY, *(f'sample.{o}' for o in ('seed=3', *overrides)))['sample']
-  draw = run.task.sample(settings, 'sample')
+  drawing = run.task.sample(settings, 'sample')
   keys = samplers.sample_keys(3, jnp.arange(8))
-  pictures = fast(draw, params, keys, jnp.arange(8))
+  pictures = fast(drawing.draw, params, {}, keys, drawing.ask(np.arange(8)))
   assert pictures.shape == (8, 8, 8, 1) and np.isfinite(pictures).all()
   return np.asarray(pictures)
 

@@ -17,7 +17,7 @@ LAYERS = {
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
                 'images', 'convert'),
-  'tasks': ('tasks',),
+  'tasks': ('tasks', 'conditions', 'latents', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
   'doors': ('main',),
 }

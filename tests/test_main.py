@@ -343,7 +343,7 @@ def test_not_finite(tmp_path, capfd):
   empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.like.params)
   first = {'image': np.zeros((32, 8, 8, 1)), 'label': np.zeros(32, int)}
   drawn = jax.jit(lambda step: run.task.loss(
-    empty, None, first, train.example_keys(0, step, 32))[1]['t'])
+    empty, run.like, first, train.example_keys(0, step, 32))[1]['t'])
   times = [np.asarray(drawn(step)) for step in range(20)]
   assert len(np.unique(times)) > 600  # each step draws anew
   highest = [t.max() for t in times]

@@ -10,6 +10,7 @@
   source.shape        (h, w, c); h and w are None where the images have no one size
   source.classes      number of classes, 0 where there are none (label is then 0)
   source.name_of(i)   what an error calls record i
+  source.captions     a caption of each record, [str, ...]; None, or not there, where there are none
 
 and, where many records are read faster at once, `source.__getitems__([i, ...])`, a list of them.
 Nothing is decoded before a record is asked for, and a source pickles, so that worker processes can
@@ -21,13 +22,17 @@ import difflib
 import functools
 import io
 import itertools
+import json
 import os
+import zipfile
 from collections.abc import Callable
 
 from etils import epath
 import numpy as np
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+PIXELS = 10**8  # of an image file, at the most
+CAPTIONS = 'captions.jsonl'
 ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of `arrays`
 
 
@@ -44,6 +49,7 @@ class Source:
   classes: int
   dtype: np.dtype = np.dtype(np.uint8)
   read_many: Callable | None = None
+  captions: tuple | None = None
 
   def __len__(self):
     return self.length
@@ -237,6 +243,9 @@ def decode(data, channels):
   """
   from PIL import Image
   with Image.open(io.BytesIO(data)) as image:
+    if image.width * image.height > PIXELS:  # a small file may say it is huge, to fill the memory
+      raise ValueError(f'{image.width} x {image.height} are more than {PIXELS} pixels: make it '
+                       'smaller, if it is to be trusted')
     if image.mode in ('I', 'F') or image.mode.startswith('I;'):  # PIL would clip these to 255
       raise ValueError(f'{image.mode} images have more than 8 bits: convert them to 8')
     mode = {1: 'L', 3: 'RGB'}[channels]
@@ -324,6 +333,117 @@ def _read_array(file, stamp, labels, i):
   if image.dtype != np.uint8:
     image = image.astype(np.float32)
   return image, labels[i] if len(labels) else 0
+
+
+# captioned: pictures with a line of text each
+
+
+def captioned(path, split='train', channels=3) -> Source:
+  """Pictures with captions: a folder with captions.jsonl, one JSON object a line and a picture.
+
+  Each says `caption`, and where its picture is: `file`, a path within the folder, or `index`, a row
+  of `image` uint8 [n h w 3] in the folder's one .npz file. A `split` it says must be the one asked
+  for; lines without are of all.
+
+  Args:
+    path: a folder, gs:// too.
+    split: 'train', 'test' or what the lines say; 'all'.
+    channels: of picture files, 3 for RGB, 1 for grey.
+
+  Raises:
+    ValueError: there is no such folder, line or split, a line is broken, or a file is not within
+      the folder.
+  """
+  root = epath.Path(path)
+  if not (root / CAPTIONS).exists():
+    raise ValueError(f'there is no {CAPTIONS} in {str(path)!r}: one line a picture, as '
+                     '{"file": "a.png", "caption": "a red heart"}')
+  lines = [_line(root, n, text) for n, text in enumerate(_lines(root), 1)]
+  splits = {line.get('split', 'all') for line in lines}
+  if split not in splits | {'all'}:
+    _known(f'split in {path}', split, splits | {'all'})
+  lines = [line for line in lines if split == 'all' or line.get('split', split) == split]
+  if not lines:
+    raise ValueError(f'{root / CAPTIONS} has no line: write one for each picture')
+  captions = tuple(line['caption'] for line in lines)
+  files = ['file' in line for line in lines]
+  if all(files):
+    names = [str(root / line['file']) for line in lines]
+    return Source(
+      read=functools.partial(_read_file, names, (), channels), name_of=names.__getitem__,
+      length=len(names), shape=(None, None, channels), classes=0, captions=captions)
+  if any(files):
+    raise ValueError(f'{root / CAPTIONS}: some lines say `file` and some `index`: say one in all')
+  held, name = _packed(root)
+  rows = np.asarray([line['index'] for line in lines])
+  if rows.min() < 0 or rows.max() >= len(held):
+    raise ValueError(f'{root / CAPTIONS} names index {rows.max()}, and {name} holds {len(held)}')
+  return Source(
+    read=functools.partial(_read_packed, name, epath.Path(name).stat().mtime, rows),
+    name_of=functools.partial(_record_name, f'{root}/{split}'), length=len(rows),
+    shape=held.shape[1:], classes=0, captions=captions)
+
+
+def emoji(split='train', path='') -> Source:
+  """Emoji of 64 pixels with English captions, [64 64 3]; see `captioned` for the arguments.
+
+  path: '' is $DIFFAX_DATA/emoji, ../shared/data/emoji where DIFFAX_DATA is not set.
+  """
+  path = path or os.path.join(os.environ.get('DIFFAX_DATA') or '../shared/data', 'emoji')
+  if not epath.Path(path).exists():
+    raise ValueError(f'there is no folder {path}: set DIFFAX_DATA to the one that holds emoji/')
+  return captioned(path, split)
+
+
+def _lines(root):
+  return [text for text in (root / CAPTIONS).read_text().splitlines() if text.strip()]
+
+
+def _line(root, number, text):
+  """One line of captions.jsonl. Raises ValueError that names it."""
+  where = f'{root / CAPTIONS} line {number}'
+  try:
+    line = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{where} is no JSON ({_one_line(e)})') from e
+  if not isinstance(line, dict) or not isinstance(line.get('caption'), str):
+    raise ValueError(f'{where} says no `caption`: as {{"file": "a.png", "caption": "a red heart"}}')
+  if not isinstance(line.get('file', ''), str) or not isinstance(line.get('index', 0), int):
+    raise ValueError(f'{where}: `file` is a path within the folder, `index` a number')
+  if not {'file', 'index'} & set(line):
+    raise ValueError(f'{where} says neither `file` nor `index`: which picture is it of?')
+  parts = line.get('file', '').replace('\\', '/').split('/')
+  if line.get('file', '').startswith(('/', '~')) or '..' in parts or ':' in parts[0]:
+    raise ValueError(f'{where}: {line["file"]!r} leaves the folder: name a path within it')
+  return line
+
+
+def _packed(root):
+  """(images [n h w c], name) of a folder's one .npz file."""
+  files = sorted(str(p) for p in root.iterdir() if p.suffix == '.npz')
+  if len(files) != 1:
+    raise ValueError(f'{root} holds {len(files)} .npz files, and its captions name rows of one: '
+                     f'{", ".join(files) or "put it there"}')
+  return _unpacked(files[0], epath.Path(files[0]).stat().mtime), files[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _unpacked(file, stamp):
+  del stamp
+  try:
+    with np.load(io.BytesIO(epath.Path(file).read_bytes()), allow_pickle=False) as held:
+      images = held['image']
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    raise ValueError(f'{file} holds no readable `image` ({_one_line(e)}): write it with '
+                     'np.savez_compressed(file, image=images)') from e
+  if images.dtype != np.uint8 or images.ndim != 4:
+    raise ValueError(f'{file}: image is {images.dtype} {list(images.shape)}: it must be uint8 '
+                     '[n h w c]')
+  return images
+
+
+def _read_packed(file, stamp, rows, i):
+  return _unpacked(file, stamp)[rows[i]], 0
 
 
 def _known(what, value, allowed, remedy=''):

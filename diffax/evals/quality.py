@@ -76,7 +76,8 @@ def quality(
       file = folder / f'{digest}-{start:08d}.npz'
       found = references.read(file, {}) if file.exists() else None
       if not hosts.every(found is not None):
-        pictures, label = draw(state, min(part, count), start)
+        pictures, asked = draw(state, min(part, count), start)
+        label = asked.get('label', np.zeros(len(pictures), np.int32))
         found = known['embed'](len(pictures), lambda i, x=pictures, y=label: (x[i], y[i]))
         found = found if run.task.classes else found._replace(label=None)
         if hosts.first():

@@ -49,16 +49,17 @@ def validation(
   size, place = sharding.whole(min(batch_size, count), run.mesh), sharding.batch(run.mesh)
   own = sharding.rows(run.mesh, size)
 
-  def losses(params, x0, label, index, j):
-    """[b] of the images `index` in bin j, each at a level of its own."""
+  def losses(params, frozen, batch, j):
+    """[b] of the images batch['index'] in bin j, each at a level of its own."""
     schedule, denoise = run.task.denoiser(params)
+    index = batch['index']
     keys = noises.fold(samplers.sample_keys(seed, index), j)
+    x0, cond = run.task.clean(params, frozen, batch, keys)
     eps = noises.normal(keys, x0.shape[1:])
     at = (j + (index + 1) * GOLDEN % 1) / bins
     nsr = low * (high / low) ** at  # [b]
     t = jnp.clip(schedules.inverse(schedule, -jnp.log(nsr)), schedule.t_min, schedule.t_max)
     level = schedule(t.reshape(-1, *[1] * (x0.ndim - 1)))  # [b 1 1 1]
-    cond = {'label': label} if run.task.classes else {}
     x = level.alpha * x0 + level.sigma * eps
     error = jnp.square(denoise(x, level, cond).x0 - x0).mean(tuple(range(1, x0.ndim)))
     nsr = level.nsr.reshape(-1)
@@ -75,10 +76,13 @@ def validation(
       seen = (index % count)[own]
       images, label = references.images(source, seen, run.config['data']['size'])
       x0 = transforms.to_float(images) if images.dtype == np.uint8 else images
-      batch = sharding.put((x0, label, index[own].astype(np.int32)), place, (own, size))
+      batch = dict(image=x0, label=label, index=index[own].astype(np.int32))
+      if run.task.tokenize:
+        batch |= run.task.tokenize([source.captions[i] for i in seen])
+      batch = sharding.put(batch, place, (own, size))
       with run.layout():
         for j in range(bins):
-          each = sharding.fetch(losses(params, *batch, np.int32(j)))
+          each = sharding.fetch(losses(params, state.frozen, batch, np.int32(j)))
           total[j] += each[index < count].sum(dtype=np.float64)
       yield None
     means = total / count

@@ -9,6 +9,29 @@ from typing import Any, NamedTuple
 from collections.abc import Callable
 
 
+class Frozen(NamedTuple):
+  """Parameters that a run reads and never trains: of an autoencoder, a text encoder, a teacher.
+
+  like: () -> a tree of what looks like them; reads no array. load: a tree of ShapeDtypeStructs with
+  shardings -> the arrays, in buffers of their own. Checkpoints hold their checksums alone.
+  """
+
+  like: Callable[..., Any]
+  load: Callable[..., Any]
+
+
+class Drawing(NamedTuple):
+  """How samples are drawn.
+
+  ask: int [b], numbers of samples -> {name: numpy [b ...]}, what is asked of each; `label` among it
+  where there are classes. draw: (params, frozen, keys [b], asked) -> images float32 [b h w c] in
+  [-1, 1], or of the data's own range where it is floats; pure.
+  """
+
+  ask: Callable[..., Any]
+  draw: Callable[..., Any]
+
+
 class Task(NamedTuple):
   """What the loops ask of a task; pure functions.
 
@@ -16,15 +39,19 @@ class Task(NamedTuple):
   loss: (params, state, batch, keys) -> (losses [b], info). `params` alone is differentiated;
     `state` is the whole training state; keys [b], one an example. info: {name: [b]}, shown in
     replay, among it `t` and `noise` (sigma / alpha).
-  sample: (settings, path) -> draw; checks the settings of a config's `sample` section or
-    evaluation. draw: (params, keys [b], label int32 [b]) -> images float32 [b h w c] in [-1, 1].
+  sample: (settings, path) -> `Drawing`; checks the settings of a config's `sample` section or
+    evaluation.
   classes: number of labels, 0 where there are none.
   prepare: (params, state, batch, keys) -> batch, once a step on the whole batch, before it is split
     into microbatches; for what examples are drawn together.
   extra: () -> the first `State.extra`, arrays beside the parameters that a run carries on.
   update: (extra, info) -> extra, once a step, with the info of the whole batch.
-  denoiser: params -> (schedule, (x, level, cond) -> Estimate); cond: dict with `label` int32 [b]
-    where there are classes.
+  denoiser: params -> (schedule, (x, level, cond) -> Estimate).
+  clean: (params, frozen, batch, keys [b]) -> (x0, cond): what the examples of a batch are to the
+    denoiser, undisturbed.
+  frozen: {name: `Frozen`} of what is read and never trained; their arrays lie in `State.frozen`.
+  tokenize: [str, ...] -> {name: numpy [b ...]} of captions, which batches then carry; it pickles.
+  record: {file: text} that a run keeps in its workdir.
   """
 
   init: Callable[..., Any]
@@ -35,3 +62,7 @@ class Task(NamedTuple):
   extra: Callable[..., Any] = dict
   update: Callable[..., Any] | None = None
   denoiser: Callable[..., Any] | None = None
+  clean: Callable[..., Any] | None = None
+  frozen: dict = {}
+  tokenize: Callable[..., Any] | None = None
+  record: dict = {}

@@ -1,4 +1,4 @@
-"""Generation: a network learns to denoise, samplers make data of noise; by class or without.
+"""Generation: a network learns to denoise, samplers make data of noise; by class, text or neither.
 
 Everything of noise and training that a config names is built from the parameters (`Process`), in
 each trace anew: what is learned along with the network, a schedule or the weight of a noise level,
@@ -13,10 +13,13 @@ from collections.abc import Callable
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffax import build as builds
+from diffax import conditions
 from diffax import couplings
 from diffax import guidance
+from diffax import latents
 from diffax import losses
 from diffax import noises
 from diffax import predictions
@@ -26,9 +29,10 @@ from diffax import times
 from diffax.build import build, ConfigError
 from diffax.config import SAMPLING
 from diffax.models import layers
-from diffax.tasks import Task
+from diffax.tasks import Drawing, Task
 
 TOGETHER, SHOWN, PERTURBED = 4, 5, 6  # what keys are folded with, beside the four they split into
+TEXT, LATENT = 7, 8
 NOISES = {'independent': noises.independent, 'brownian': noises.brownian}
 
 
@@ -46,13 +50,16 @@ class Network(NamedTuple):
 
   init: key -> its parameters. predict: (params, prediction, x, level, cond, keys=None) -> its raw
   output. cond holds what the network is told, and for `predict` alone `before` [b h w c], shown
-  behind x, and `keep` or `attend` [b depth], of each layer (see `guidance.perturbed`).
+  behind x, and `keep` or `attend` [b depth], of each layer (see `guidance.perturbed`). encode:
+  (groups of parameters, data [b h w c], keys [b]) -> x0, in the space the network denoises in.
   """
 
   init: Callable
   predict: Callable
   shape: tuple
-  classes: int
+  told: conditions.Conditions
+  latent: latents.Latent
+  encode: Callable
 
 
 def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
@@ -72,11 +79,12 @@ def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
   except ValueError as error:
     raise ConfigError(f'config.prediction: {error}') from error
   network = _network(config, source, first.prediction.outputs, self_condition > 0)
-  bins = config['loss']['importance']
+  bins, text = config['loss']['importance'], network.told.text
 
   def init(key):
     groups = enumerate(learned.items(), 1)
     rest = {name: group.init(jax.random.fold_in(key, i)) for i, (name, group) in groups}
+    rest |= text.init(jax.random.fold_in(key, TEXT))
     return {'net': network.init(key), **rest}
 
   def extra():
@@ -86,13 +94,17 @@ def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
     return {'importance': times.importance_update(extra['importance'], info['place'], info['met'])}
 
   loss = _loss(config, network, learned, process)
+  clean = partial(_clean, network)
   denoiser = partial(_denoiser, network, process)
   sample = _sampling(network, denoiser, first, 'schedule' in learned, self_condition > 0)
   prepare = _prepare(config['loss'], network.shape)
   update = update if bins else None
   if self_condition:
     denoiser = partial(_at_first, denoiser)
-  return Task(init, loss, sample, network.classes, prepare, extra, update, denoiser)
+  return Task(
+    init, loss, sample, network.told.classes, prepare, extra, update, denoiser,
+    clean, text.frozen | network.latent.frozen, text.tokenize, text.record,
+  )
 
 
 def _process(config):
@@ -131,10 +143,30 @@ def _network(config, source, outputs, shows_before):
     )
   size = config['data']['size']
   shape = (size, size, source.shape[-1]) if size else tuple(source.shape)
+  latent = build('diffax.latents', config['latent'], source, path='latent')
   if None in shape:
     raise ConfigError(
       f'data {config["data"]["name"]!r} has images of several sizes: say --config.data.size=N'
     )
+  pictures = source.dtype == np.uint8
+  if pictures:
+    shape = latent.shape(shape)
+  elif latent.channels:  # what is stored is `moments`
+    shape = *shape[:-1], latent.channels
+  text = build('diffax.texts', config['text'], source, path='text')
+  told = conditions.Conditions(classes, text, getattr(source, 'captions', None))
+  for name in ('text', 'pooled'):
+    wants, has = config['model'].get(name, 0), text.channels if name == 'text' else text.pooled
+    if wants not in (0, has):
+      raise ConfigError(
+        f'config.model.{name}={wants}, but config.text={config["text"]["name"]!r} gives {has} '
+        f'channels: say --config.model.{name}={has}'
+      )
+    if has and name == 'text' and not wants:
+      raise ConfigError(
+        f'config.model.text=0, but config.text={config["text"]["name"]!r} is there to be told: say '
+        f'--config.model.text={has}, with a model that takes text (dit, unet)'
+      )
   if outputs > 1 or shows_before:
     if not hasattr(model, 'channels'):
       raise ConfigError(
@@ -144,14 +176,13 @@ def _network(config, source, outputs, shows_before):
     model = model.clone(channels=outputs * shape[-1])
 
   def init(key):
-    cond = {'label': jnp.zeros(1, jnp.int32)} if classes else {}
     x = jnp.zeros((1, *shape[:-1], shape[-1] * (1 + shows_before)))
-    return model.init(key, x, jnp.zeros(1), cond)['params']
+    return model.init(key, x, jnp.zeros(1), conditions.example(told))['params']
 
   def predict(params, prediction, x, level, cond, keys=None):
     """It is told its input and time in the prediction's convention."""
-    told = jnp.broadcast_to(prediction.clock(level), (len(x), *[1] * (x.ndim - 1)))
-    told = einops.rearrange(told, 'b ' + '1 ' * (x.ndim - 1) + '-> b')
+    time = jnp.broadcast_to(prediction.clock(level), (len(x), *[1] * (x.ndim - 1)))
+    time = einops.rearrange(time, 'b ' + '1 ' * (x.ndim - 1) + '-> b')
     shown, more = prediction.c_in(level) * x, {}
     if 'before' in cond:
       shown = jnp.concatenate([shown, cond['before']], axis=-1)
@@ -164,9 +195,12 @@ def _network(config, source, outputs, shows_before):
     if flags:
       more['per_layer'] = flags
     cond = {k: v for k, v in cond.items() if k not in ('before', *flags)}
-    return model.apply({'params': params['net']}, shown, told, cond, keys=keys, **more)
+    return model.apply({'params': params['net']}, shown, time, cond, keys=keys, **more)
 
-  return Network(init, predict, shape, classes)
+  def encode(groups, x, keys):
+    return latent.draw(latent.moments(groups, x) if pictures else x, keys)
+
+  return Network(init, predict, shape, told, latent, encode)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -197,9 +231,17 @@ def _prepare(spec, shape):
   return prepare if draws or couples else None
 
 
+def _clean(network, params, frozen, batch, keys, drop=None):
+  """The task's `clean`. drop: bool [b], of which examples the network is not told the condition."""
+  groups = {**frozen, **params}
+  drop = jnp.zeros(len(batch['image']), bool) if drop is None else drop
+  x0 = network.encode(groups, batch['image'], noises.fold(keys, LATENT))
+  return x0, conditions.training(network.told, groups, batch, drop)
+
+
 def _loss(config, network, learned, process):
   """The task's `loss`."""
-  spec, task, classes = config['loss'], config['task'], network.classes
+  spec, task = config['loss'], config['task']
   distance = build('diffax.losses', spec['distance'], path='loss.distance')
 
   def shown(params, prediction, cond, keys, network_keys):
@@ -208,9 +250,9 @@ def _loss(config, network, learned, process):
       return network.predict(params, prediction, x, level, {**cond, **more}, network_keys)
 
     if task['self_condition']:
-      told = lambda x, level, before, ask=ask: ask(x, level, before=before)
+      again = lambda x, level, before, ask=ask: ask(x, level, before=before)
       rate = task['self_condition']
-      ask = couplings.self_condition(told, prediction, noises.fold(keys, SHOWN), rate)
+      ask = couplings.self_condition(again, prediction, noises.fold(keys, SHOWN), rate)
     if spec['perturb']:
       ask = couplings.perturb(ask, noises.fold(keys, PERTURBED), spec['perturb'])
     return ask
@@ -221,13 +263,12 @@ def _loss(config, network, learned, process):
     eps = batch['eps'] if 'eps' in batch else noises.normal(k[:, 1], network.shape)
     if spec['importance']:
       u, share = times.importance_law(state.extra['importance'])(u)
-    t, cond = p.law(u), {}
-    if classes:
-      dropped = jax.vmap(lambda key: jax.random.bernoulli(key, task['drop_cond']))(k[:, 2])
-      cond = {'label': jnp.where(dropped, classes, batch['label'])}
+    t = p.law(u)
+    drop = jax.vmap(lambda key: jax.random.bernoulli(key, task['drop_cond']))(k[:, 2])
+    x0, cond = _clean(network, params, state.frozen, batch, keys, drop)
     ask = shown(params, p.prediction, cond, keys, k[:, 3])
     each = losses.diffusion_loss(
-      ask, p.schedule, p.prediction, p.weight(u), batch['image'], eps, t, distance)
+      ask, p.schedule, p.prediction, p.weight(u), x0, eps, t, distance)
     level = p.schedule(t)
     info = {'t': t, 'noise': level.nsr}
     if spec['importance']:
@@ -266,23 +307,25 @@ def _sampling(network, denoiser, first, learned, remembers):
     settings = {**SAMPLING, **settings}
     sampler, grid = _walk(settings['sampler'], first.schedule, f'{path}.sampler')
     ts = grid(first.schedule)
-    guide = _guide(settings, path, network.classes)
+    guide = _guide(settings, path, network.told.any)
+    ask = conditions.asking(network.told, settings, path)
     if settings['noise'] not in NOISES:
       raise ConfigError(
         f'config.{path}.noise={settings["noise"]!r}; {builds.near(settings["noise"], NOISES)}')
 
-    def draw(params, keys, label):
+    def draw(params, frozen, keys, asked):
       schedule, denoise = denoiser(params)
-      cond = {'label': label} if network.classes else {}
-      null = {'label': jnp.full_like(label, network.classes)} if network.classes else {}
+      groups = {**frozen, **params}
+      cond, null = conditions.sampling(network.told, groups, asked)
       bound = partial(guide, denoise, schedule)
       guided = _remembering(bound, cond, null, path) if remembers else bound(cond, null)
       times = grid(schedule) if learned else ts
       x = samplers.initial(schedule, times, keys, network.shape)
       rows = sampler.plan(schedule, times)
-      return samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
+      z = samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
+      return network.latent.decode(groups, z)
 
-    return draw
+    return Drawing(ask, draw)
 
   return sample
 
@@ -319,12 +362,12 @@ def _walk(spec, schedule, path):
   return sampler, lambda schedule: grid(schedule, steps)
 
 
-def _guide(settings, path, classes):
+def _guide(settings, path, told):
   """(denoise, schedule, cond, null) -> denoiser, of the settings' guidance and transforms."""
   scale, bounds, spec = settings['guidance'], settings['interval'], settings['guide']
   if len(bounds) not in (0, 2):
     raise ConfigError(f'config.{path}.interval={bounds}: say (low, high), levels sigma / alpha')
-  if scale != 1 and not classes:
+  if scale != 1 and not told:
     raise ConfigError(
       f'config.{path}.guidance={scale}: this model takes no condition; only 1 is allowed'
     )
