@@ -7,6 +7,7 @@ takes the null's place.
 
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,9 @@ def asking(conditions, settings, path):
     raise ConfigError(
       f'config.{path}.prompts=(): the data has no captions to take in turn; say --prompt "..."'
     )
+  for prompt in {*prompts, settings['negative']}:
+    if text.encode and text.cut(prompt):
+      logging.warning('the prompt is too long, %r is cut off: %r', text.cut(prompt), prompt)
 
   def ask(index):
     asked = {'label': labels(settings['labels'], index, conditions.classes).astype(np.int32)}

@@ -155,6 +155,7 @@ FREE = (
   'sample',
   'data.workers',
   'model.remat',
+  'text.tokenizer',
 )
 
 

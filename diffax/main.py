@@ -3,6 +3,7 @@
   python -m diffax.main --config configs/digits.py --workdir runs/digits
   python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
   python -m diffax.main --workdir runs/digits --mode sample --config.sample.count=100
+  python -m diffax.main --workdir runs/emoji --mode sample --prompt "red heart" --negative "face"
   python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
   python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
@@ -58,6 +59,11 @@ def define_flags():
   flags.DEFINE_integer(
     'profile.steps', 0, 'train: how many to trace, 0 for none', lower_bound=0, flag_values=values
   )
+  flags.DEFINE_multi_string(
+    'prompt', [], 'sample: what to draw; give it again for more', flag_values=values
+  )
+  flags.DEFINE_string('prompts', '', 'sample: a file of prompts, one a line', flag_values=values)
+  flags.DEFINE_string('negative', '', 'sample: what not to draw', flag_values=values)
   flags.DEFINE_boolean('help', False, 'this text', flag_values=values)
   return values
 
@@ -113,6 +119,39 @@ def resolve(values, overrides, workdir):
   return config
 
 
+def asked(values, overrides):
+  """The overrides, with what --prompt, --prompts and --negative come to before them.
+
+  As many samples as prompts are drawn, unless `--config.sample.count` says how many. Raises
+  ConfigError.
+  """
+  prompts = list(values.prompt)
+  if values.prompts:
+    try:
+      lines = epath.Path(values.prompts).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(f'--prompts={values.prompts}: no text file ({error})') from error
+    prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+      raise ConfigError(f'--prompts={values.prompts} holds no prompt: write one a line')
+  if (prompts or values.negative) and values.mode != 'sample':
+    raise ConfigError(f'--prompt and --negative are for --mode sample, not {values.mode}')
+  said = [f'--config.sample.prompts={tuple(prompts)!r}'] if prompts else []
+  said += [f'--config.sample.count={len(prompts)}'] if prompts else []
+  said += [f'--config.sample.negative={values.negative}'] if values.negative else []
+  return said + overrides
+
+
+def _setup(config, workdir):
+  """The run of a config; a tokenizer that was made at its beginning is the one of its workdir."""
+  from diffax import train
+
+  kept = workdir / 'tokenizer.json'
+  if kept.exists() and config['text'].get('tokenizer') == '':
+    config = {**config, 'text': {**config['text'], 'tokenizer': str(kept)}}
+  return train.setup(config)
+
+
 def _writable(workdir):
   """Raises ConfigError where the workdir cannot be made or written."""
   try:
@@ -154,7 +193,7 @@ def _train(config, workdir, warm, profile):
   from diffax import checkpoint, train
 
   source = epath.Path(warm) if warm else None
-  run = train.setup(config)
+  run = _setup(config, workdir)
   train.evaluations(run)  # whose mistakes, like any, are told before anything is written
   if source and not checkpoint.present(workdir / 'checkpoints'):
     checkpoint.weights_like(source / 'checkpoints', run.like)
@@ -162,6 +201,9 @@ def _train(config, workdir, warm, profile):
   if hosts.first():
     _writable(workdir)
     configs.save(config, workdir / 'config.json')
+    for name, text in run.task.record.items():
+      if not (workdir / name).exists():
+        configs.write(workdir / name, text)
     record = workdir / 'environment.json'  # a list: one entry each time the run was started
     starts = json.loads(record.read_text()) if record.exists() else []
     configs.write(record, json.dumps([*starts, environment()], indent=2) + '\n')
@@ -202,28 +244,28 @@ def _run(argv):
     raise ConfigError(
       f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
     )
-  config = resolve(values, overrides, workdir)
+  config = resolve(values, asked(values, overrides), workdir)
   _same(config)
   if values.mode == 'train':
     steps = values['profile.start'].value, values['profile.steps'].value
     _train(config, workdir, getattr(values, 'from'), steps)
   elif values.mode == 'sample':
-    from diffax import sample, train
+    from diffax import sample
 
-    for path in sample.sample(train.setup(config), workdir, values.step):
+    for path in sample.sample(_setup(config, workdir), workdir, values.step):
       hosts.say(path)
   elif values.mode in ('evaluate', 'reference'):
-    from diffax import evaluate, train
+    from diffax import evaluate
 
-    run = train.setup(config)
+    run = _setup(config, workdir)
     if values.mode == 'evaluate':
       hosts.say(evaluate.evaluate(run, workdir, values.step, values.evals))
     else:
       evaluate.prepare(run, values.evals)
   else:
-    from diffax import replay, train
+    from diffax import replay
 
-    replay.replay(train.setup(config), workdir, values.step, hosts.say)
+    replay.replay(_setup(config, workdir), workdir, values.step, hosts.say)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Sampling from a trained state, any count on any batch size, over the mesh."""
 
 import io
+import json
 
 import jax
 import numpy as np
@@ -133,7 +134,8 @@ def _like(like, name):
 
 
 def sample(run, workdir, step):
-  """Writes samples.npz (`arr_0` NHWC, `arr_1` labels) and a grid of the first hundred.
+  """Writes samples.npz (`arr_0` NHWC, `arr_1` labels) and a grid of the first hundred; of prompts,
+  a picture each into samples/, and samples.jsonl that says which is of which.
 
   step: of which checkpoint; 0 for the newest. Returns the paths written. Raises ConfigError.
   """
@@ -143,10 +145,24 @@ def sample(run, workdir, step):
   draw = drawer(run, settings, 'sample')
   _, state = restore(run, workdir, step, [settings['ema']])
   pictures, asked = draw(state, settings['count'])
-  label = asked.get('label', np.zeros(len(pictures), np.int32))
+  said = run.task.sample(settings, 'sample').said(np.arange(len(pictures)))
+  written = [workdir / 'samples.npz', workdir / 'samples.png']
+  written += [workdir / 'samples.jsonl'] if said else []
   if hosts.first():
     data = io.BytesIO()
-    np.savez(data, pictures, label)
-    (workdir / 'samples.npz').write_bytes(data.getvalue())
-    images.save(workdir / 'samples.png', images.grid(images.shown(pictures[:100])))
-  return workdir / 'samples.npz', workdir / 'samples.png'
+    np.savez(data, pictures, asked.get('label', np.zeros(len(pictures), np.int32)))
+    written[0].write_bytes(data.getvalue())
+    images.save(written[1], images.grid(images.shown(pictures[:100])))
+    if said:
+      _tell(workdir, images.shown(pictures), said)
+  return written
+
+
+def _tell(workdir, pictures, said):
+  """A file each picture, and the prompts."""
+  (workdir / 'samples').mkdir(exist_ok=True)
+  names = [f'samples/{i:05d}.png' for i in range(len(pictures))]
+  for name, picture in zip(names, pictures):
+    images.save(workdir / name, picture)
+  lines = [json.dumps(dict(file=n, caption=c), ensure_ascii=False) for n, c in zip(names, said)]
+  (workdir / 'samples.jsonl').write_text('\n'.join(lines) + '\n')

@@ -42,12 +42,13 @@ def none(source) -> Text:
   return Text()
 
 
-def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4) -> Text:
+def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenizer='') -> Text:
   """Trained with the network on the captions of `source`, which the tokenizer is made of.
 
   vocab: tokens at the most. length: tokens of a prompt at the most, with its ends. width, depth,
-  heads: of the transformer, whose states are 'text' [b length width]. Raises ValueError where the
-  data has no captions.
+  heads: of the transformer, whose states are 'text' [b length width], the last one 'pooled'.
+  tokenizer: a file of one, '' to make it of the captions; a run keeps its own. Raises ValueError
+  where the data has no captions.
   """
   from diffax.data import tokenizers
   from diffax.models import text as texts
@@ -57,10 +58,14 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4) -> Text:
       'text=learned: this data has no captions; take data=emoji, or data=captioned with '
       '--config.data.path=DIR, a folder with captions.jsonl'
     )
-  tokenizer = tokenizers.bpe(source.captions, vocab, length)
+  if tokenizer:
+    with open(tokenizer, encoding='utf-8') as file:
+      tokenizer = tokenizers.from_json(file.read())
+  else:
+    tokenizer = tokenizers.bpe(source.captions, vocab, length)
   model = texts.clip_text(
-    vocab=tokenizer.vocab, length=length, width=width, depth=depth, heads=heads, causal=False,
-    end=tokenizer.end,
+    vocab=tokenizer.vocab, length=length, width=width, depth=depth, heads=heads, hidden=4 * width,
+    activation='gelu', causal=False, end=tokenizer.end,
   )
 
   def init(key):
@@ -69,13 +74,13 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4) -> Text:
 
   def encode(groups, tokens):
     said = model.apply({'params': groups['text']}, tokens['tokens'], tokens['tokens_mask'])
-    return {'text': said['text'], 'text_mask': tokens['tokens_mask']}
+    return {**said, 'text_mask': tokens['tokens_mask']}
 
   def cut(prompt):
     return tokenizer.encode([prompt])[2][0]
 
   return Text(
-    Tokenize(tokenizer), encode, init, channels=width, cut=cut,
+    Tokenize(tokenizer), encode, init, channels=width, pooled=width, cut=cut,
     record={'tokenizer.json': tokenizer.to_json()},
   )
 

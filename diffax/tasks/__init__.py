@@ -25,11 +25,13 @@ class Drawing(NamedTuple):
 
   ask: int [b], numbers of samples -> {name: numpy [b ...]}, what is asked of each; `label` among it
   where there are classes. draw: (params, frozen, keys [b], asked) -> images float32 [b h w c] in
-  [-1, 1], or of the data's own range where it is floats; pure.
+  [-1, 1], or of the data's own range where it is floats; pure. said: int [b] -> [prompt, ...], []
+  where there are none.
   """
 
   ask: Callable[..., Any]
   draw: Callable[..., Any]
+  said: Callable[..., Any] = lambda index: []
 
 
 class Task(NamedTuple):

@@ -325,7 +325,8 @@ def _sampling(network, denoiser, first, learned, remembers):
       z = samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
       return network.latent.decode(groups, z)
 
-    return Drawing(ask, draw)
+    said = partial(conditions.said, network.told, tuple(settings['prompts']))
+    return Drawing(ask, draw, said)
 
   return sample
 
