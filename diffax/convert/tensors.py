@@ -26,10 +26,10 @@ SHARD = 5 * 10**9  # bytes of a file, beyond which another is begun
 class Stored(NamedTuple):
   """Where a parameter stands in a file.
 
-  names: the tensor's name; of a stack [n ...] of layers one for each, and `stack`. pattern: einops'
-  from our layout (of a layer) to the file's, as 'i o -> o i'; '' where they are the same. sizes:
-  ((name, n), ...) that the pattern needs. part: (i, n), the i-th of n equal parts of the tensor's
-  first axis.
+  names: the tensor's name; of a stack [n ...] of layers one for each, and `stack`; several without
+  a stack are copies, all written, and equal in a file. pattern: einops' from our layout (of a
+  layer) to the file's, as 'i o -> o i'; '' where they are the same. sizes: ((name, n), ...) that
+  the pattern needs. part: (i, n), the i-th of n equal parts of the tensor's first axis.
   """
 
   names: tuple
@@ -215,7 +215,7 @@ def load(files, like, stored, ignored=()):
 
   like: a tree of ShapeDtypeStructs, with shardings or without. stored: (path, shape) -> `Stored`.
   The memory of the host holds one parameter at a time. Raises ConfigError as `check` does, before
-  anything is read.
+  anything is read, and where copies of a parameter differ.
   """
   import safetensors
 
@@ -241,6 +241,11 @@ def load(files, like, stored, ignored=()):
       value = np.stack([part(name, place).astype(x.dtype) for name in place.names])
     else:
       value = part(place.names[0], place).astype(x.dtype)
+      for name in place.names[1:]:
+        if not np.array_equal(part(name, place).astype(x.dtype), value):
+          raise ConfigError(
+            f'{files.where}: {place.names[0]} and {name} differ, and here they are one parameter'
+          )
     where = getattr(x, 'sharding', None)
     return jax.device_put(value) if where is None else sharding.put(value, where)
 

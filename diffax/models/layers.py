@@ -81,23 +81,61 @@ def fourier(t, frequencies):
   return jnp.concatenate([jnp.cos(wave), jnp.sin(wave)], axis=-1)
 
 
-def sincos_positions(shape, width, longest=10_000.0):
+def coordinates(shape, base=0, scale=1.0):
+  """Places of an N-d grid, row by row, [n N]: 0, 1, ... along each axis.
+
+  base: where it is not 0, an axis of n places has 0, base / n, ..., so that a grid of any shape
+  covers what one of `base` a side does. scale: divides them. Chen et al. 2023, "PixArt-alpha",
+  after Xie et al. 2023, "DiffFit", sec. 3.4: position interpolation.
+  """
+  axes = [np.arange(n) * (base / n if base else 1.0) / scale for n in shape]
+  return einops.rearrange(np.stack(np.meshgrid(*axes, indexing='ij')), 'a ... -> (...) a')
+
+
+def _waves(places, width, longest):
+  """Coordinates [n N] at width / 2N geometric frequencies, the last axis first: [n N half]."""
+  axes = places.shape[1]
+  if width % (2 * axes):
+    raise ValueError(
+      f'width={width} does not divide by {2 * axes}: a sine and a cosine for each of {axes} axes'
+    )
+  half = width // axes // 2
+  return places[:, ::-1, None] * longest ** (-np.arange(half) / half)
+
+
+def sincos_positions(shape, width, longest=10_000.0, base=0, scale=1.0):
   """Fixed embedding [n width] of the places of an N-d grid; Peebles & Xie 2023, after ViT and MAE.
 
-  Each axis has width / N channels, [sin, cos] of its coordinate, the last axis first.
+  Each axis has width / N channels, [sin, cos] of its coordinate, the last axis first. base, scale:
+  of the coordinates, see `coordinates`.
   Raises ValueError where the width does not divide by twice the number of axes.
   """
-  if width % (2 * len(shape)):
-    raise ValueError(
-      f'width={width} does not divide by {2 * len(shape)}: a sine and a cosine for '
-      f'each of {len(shape)} axes'
-    )
-  half = width // len(shape) // 2
-  rate = longest ** (-np.arange(half) / half)
-  places = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing='ij'))
-  waves = einops.rearrange(places[::-1], 'a ... -> (...) a 1') * rate
+  waves = _waves(coordinates(shape, base, scale), width, longest)
   waves = np.concatenate([np.sin(waves), np.cos(waves)], axis=-1)
   return einops.rearrange(waves, 'n a c -> n (a c)').astype(np.float32)
+
+
+def rotary(shape, width, longest=10_000.0, base=0, scale=1.0):
+  """How each place of an N-d grid turns the pairs of a head's channels: [2 n width / 2], cos, sin.
+
+  Each axis has width / N channels, the last axis first, pair i of them the angle coordinate /
+  longest^(i / pairs). Su et al. 2021, "RoFormer", eq. 15; on grids as in Li et al. 2024,
+  "Hunyuan-DiT". base, scale, errors: as of `sincos_positions`. float32.
+  """
+  waves = _waves(coordinates(shape, base, scale), width, longest)
+  angles = einops.rearrange(waves, 'n a c -> n (a c)')
+  return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def rotate(x, turns):
+  """Turns channels (2i, 2i + 1) of x [b n k d] by `rotary`'s [2 n d / 2]; in float32, then as x.
+
+  The product of two places so turned knows of the difference of their coordinates alone.
+  """
+  cos, sin = turns[:, None, :, None]  # [1 n 1 d/2]
+  a, b = jnp.moveaxis(einops.rearrange(x.astype(jnp.float32), '... (i p) -> ... i p', p=2), -1, 0)
+  turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return einops.rearrange(turned, '... i p -> ... (i p)').astype(x.dtype)
 
 
 def _axes(n):
