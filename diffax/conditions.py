@@ -6,6 +6,7 @@ takes the null's place.
 """
 
 from typing import NamedTuple
+from collections.abc import Callable
 
 from absl import logging
 import jax
@@ -16,54 +17,129 @@ from diffax.build import ConfigError
 
 
 class Conditions(NamedTuple):
-  """classes: of labels, 0 for none. text: a `texts.Text`. captions: of the data, None for none."""
+  """classes: of labels, 0 for none. text: a `texts.Text`. captions: of the data, None for none.
+  given: a `givens.Given`. encode: (groups, pictures, keys or None) -> z. factor: pixels a side of
+  what x has one of. told: names in cond that the network takes.
+  """
 
   classes: int
   text: tuple
   captions: tuple | None
+  given: tuple
+  encode: Callable
+  factor: int
+  told: tuple
 
   @property
   def any(self):
-    return bool(self.classes or self.text.encode)
+    return bool(self.told)
 
 
-def example(conditions):
-  """What a network is shown to be made for: cond of one example."""
-  cond = {'label': jnp.zeros(1, jnp.int32)} if conditions.classes else {}
-  text = conditions.text
-  if text.channels:
-    cond |= {'text': jnp.zeros((1, 1, text.channels)), 'text_mask': jnp.ones((1, 1), jnp.int32)}
-  if text.pooled:
-    cond |= {'pooled': jnp.zeros((1, text.pooled))}
-  return cond
+TOLD = {  # of names in cond, the options of a network by which it takes them
+  'label': ('classes',), 'text': ('text',), 'text_mask': ('text',), 'pooled': ('pooled',),
+  'size': ('sizes', 'resolution'), 'image': ('image',), 'mask': ('mask',),
+  'noise_level': ('noise_levels',),
+}  # fmt: skip
 
 
-def training(conditions, groups, batch, drop):
+def option(model, name):
+  """What a Linen module says of an option of its, 0 where it has none of that name."""
+  return getattr(model, name, None) or getattr(getattr(model, 'design', None), name, None) or 0
+
+
+def taken(model):
+  """The names in cond that a network takes."""
+  return tuple(k for k, options in TOLD.items() if any(option(model, o) for o in options))
+
+
+def check(config, model, text, given, shape):
+  """Raises ConfigError where a network takes other conditions than the config gives."""
+  name = config['model']['name']
+  extra = shape[-1] * bool(given.show) + given.extra
+  for field, has, of in (
+    ('text', text.channels, 'text'), ('pooled', text.pooled, 'text'), ('image', extra, 'given'),
+  ):
+    wants, said = option(model, field), config[of]['name']
+    if wants and wants != has:
+      raise ConfigError(
+        f'config.model.{field}={wants} of {name}, but config.{of}={said!r} gives {has} channels: '
+        f'say --config.model.{field}={has}, or another --config.{of}'
+      )
+    if has and not wants and field != 'pooled':
+      raise ConfigError(
+        f'config.{of}={said!r} is there, and the model {name} is not told of it: say '
+        f'--config.model.{field}={has}, with a model that has this option'
+      )
+
+
+def example(conditions, model, shape):
+  """What a network is shown to be made for: cond of one example, beside x of `shape` [h w c]."""
+  size = lambda field: option(model, field)
+  cond = {
+    'label': jnp.zeros(1, jnp.int32),
+    'text': jnp.zeros((1, 1, size('text'))),
+    'text_mask': jnp.ones((1, 1), jnp.int32),
+    'pooled': jnp.zeros((1, size('pooled'))),
+    'size': jnp.ones((1, max(int(size('sizes')), 6 * bool(size('resolution'))))),
+    'image': jnp.zeros((1, *shape[:-1], size('image'))),
+    'mask': jnp.zeros((1, *shape[:-1], 1)),
+    'noise_level': jnp.zeros(1, jnp.int32),
+  }
+  return {name: cond[name] for name in conditions.told}
+
+
+def _taken(conditions, cond):
+  return {name: x for name, x in cond.items() if name in conditions.told}
+
+
+def training(conditions, groups, batch, keys, drop):
   """cond [b ...] of a batch; where `drop` [b] is true, the null condition.
 
-  groups: {name: parameters} that a text encoder may find its own in.
+  groups: {name: parameters} that a text encoder may find its own in. keys: [b], for what is given.
   """
-  cond = {}
+  cond, text, given = {}, conditions.text, conditions.given
+  cond |= {k: batch[k] for k in ('size',) if k in batch}
   if conditions.classes:
     cond['label'] = jnp.where(drop, conditions.classes, batch['label'])
-  if conditions.text.encode:
-    null = conditions.text.tokenize([''])
+  if text.encode:
+    null = text.tokenize([''])
     tokens = {k: jnp.where(_wide(drop, batch[k]), null[k], batch[k]) for k in null}
-    cond |= conditions.text.encode(groups, tokens)
-  return cond
+    cond |= text.encode(groups, tokens)
+  if given.train:
+    draw, hide = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
+    shown = _shown(conditions, groups, given.train(batch['image'], draw), draw)
+    hidden = jax.vmap(lambda key: jax.random.bernoulli(key, given.drop))(hide)
+    cond |= shown | {'image': jnp.where(_wide(hidden, shown['image']), 0, shown['image'])}
+  return _taken(conditions, cond)
+
+
+def _shown(conditions, groups, shown, keys):
+  """What is given, in the space that the network denoises in."""
+  if conditions.given.latent:
+    keys = None if conditions.given.mean else keys
+    shown = {**shown, 'image': conditions.encode(groups, shown['image'], keys)}
+  if 'mask' in shown:
+    shown = {**shown, 'mask': smaller_mask(shown['mask'], conditions.factor)}
+  return shown
+
+
+def smaller_mask(mask, factor):
+  """[b H W 1] -> [b h w 1], of each square of `factor` pixels its first, as diffusers' has it."""
+  return mask[:, ::factor, ::factor]
 
 
 def _wide(flag, x):
   return jnp.reshape(flag, (-1, *[1] * (x.ndim - 1)))
 
 
-def asking(conditions, settings, path):
+def asking(conditions, settings, path, prompts, others):
   """The function int [b] -> {name: numpy [b ...]} of what is asked of samples by their numbers.
 
-  settings: a `sample` section; its labels, or prompts, are taken in turn. Raises ConfigError.
+  settings: a `sample` section; its labels, and `prompts`, are taken in turn. others: {name: prompt}
+  of which an edit needs the conditions. Raises ConfigError.
   """
   labels(settings['labels'], np.arange(1), conditions.classes)
-  text, prompts = conditions.text, tuple(settings['prompts'])
+  text = conditions.text
   if not text.encode and (prompts or settings['negative']):
     raise ConfigError(
       f'config.{path}: prompts={prompts}, negative={settings["negative"]!r}: this model takes no '
@@ -73,17 +149,18 @@ def asking(conditions, settings, path):
     raise ConfigError(
       f'config.{path}.prompts=(): the data has no captions to take in turn; say --prompt "..."'
     )
-  for prompt in {*prompts, settings['negative']}:
+  others = {'null': settings['negative'], **others} if text.encode else {}
+  for prompt in {*prompts, *others.values()}:
     if text.encode and text.cut(prompt):
       logging.warning('the prompt is too long, %r is cut off: %r', text.cut(prompt), prompt)
 
   def ask(index):
-    asked = {'label': labels(settings['labels'], index, conditions.classes).astype(np.int32)}
-    asked = asked if conditions.classes else {}
+    asked = {}
+    if conditions.classes:
+      asked['label'] = labels(settings['labels'], index, conditions.classes).astype(np.int32)
     if text.encode:
-      asked |= text.tokenize(said(conditions, prompts, index))
-      null = text.tokenize([settings['negative']] * len(index))
-      asked |= {f'null_{k}': v for k, v in null.items()}
+      asked['tokens'] = text.tokenize(said(conditions, prompts, index))
+    asked |= {f'tokens_{k}': text.tokenize([v] * len(index)) for k, v in others.items()}
     return asked
 
   return ask
@@ -98,20 +175,27 @@ def said(conditions, prompts, index):
   return [among[i % len(among)] for i in index]
 
 
-def sampling(conditions, groups, asked):
-  """(cond, null), each [b ...], of what `asking` gave."""
-  cond, null = {}, {}
+def sampling(conditions, groups, asked, keys, size):
+  """{'cond': cond, 'null': cond, ...}, each [b ...], of what `asking` and an edit's `ask` gave.
+
+  keys: [b], for what is given. size: (h, w) of the pictures that are drawn.
+  """
+  found, b = {'cond': {}, 'null': {}}, len(keys)
   if conditions.classes:
-    cond['label'] = asked['label']
-    null['label'] = jnp.full_like(asked['label'], conditions.classes)
+    found['cond']['label'] = asked['label']
+    found['null']['label'] = jnp.full_like(asked['label'], conditions.classes)
   if conditions.text.encode:
-    names = [k.removeprefix('null_') for k in asked if k.startswith('null_')]
-    both = {k: jnp.concatenate([asked[k], asked[f'null_{k}']]) for k in names}
+    names = [k for k in asked if k.startswith('tokens')]
+    both = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(asked[k] for k in names))
     encoded = conditions.text.encode(groups, both)
-    half = len(asked[names[0]])
-    cond |= jax.tree.map(lambda x: x[:half], encoded)
-    null |= jax.tree.map(lambda x: x[half:], encoded)
-  return cond, null
+    for i, name in enumerate(names):
+      part = jax.tree.map(lambda x, i=i: x[i * b : (i + 1) * b], encoded)
+      name = name.partition('_')[2] or 'cond'
+      found[name] = found.get(name, {}) | part
+  shared = {'size': jnp.broadcast_to(jnp.asarray([*size, 0, 0, *size], jnp.float32), (b, 6))}
+  if conditions.given.show and all(k in asked for k in conditions.given.needs):
+    shared |= _shown(conditions, groups, conditions.given.show(asked, keys), keys)
+  return {name: _taken(conditions, cond | shared) for name, cond in found.items()}
 
 
 def labels(wanted, index, classes):

@@ -50,6 +50,9 @@ SAMPLING = dict(
   noise='independent',
   prompts=(),  # of a model that is told text, taken in turn; none: captions of the data
   negative='',
+  edit=dict(name='none'),  # what is done with pictures of the user's
+  size=(),  # (height, width) in pixels, where it is not that of training
+  window=(),  # (side, overlap) of x: the network sees x by parts, for sizes beyond training's
   guidance=1.0,
   interval=(),
   guide=dict(name='cfg'),
@@ -76,6 +79,7 @@ SLOTS = (
   Slot(r'loss\.distance', 'diffax.losses', ('Distance',)),
   Slot(r'loss\.coupling', 'diffax.couplings', ('Callable',)),
   Slot(r'loss\.draw', 'diffax.times', given=('key', 'count')),
+  Slot(r'given', 'diffax.givens', ('Given',)),
   Slot(r'latent', 'diffax.latents', ('Latent',), ('source',)),
   Slot(r'text(\.of)*', 'diffax.texts', ('Text',), ('source',)),
   Slot(r'model', 'diffax.models', ('Module',)),
@@ -86,6 +90,7 @@ SLOTS = (
   Slot(
     r'evals\.\w+\.metrics\.\w+', 'diffax.metrics', given=('fake', 'real'), offered=('held_out',)
   ),
+  Slot(DRAWN + r'edit', 'diffax.edits', ('Edit',)),
   Slot(DRAWN + r'sampler', 'diffax.samplers', ('Sampler',), extra=SAMPLER),
   Slot(DRAWN + r'sampler(\.of)+', 'diffax.samplers', ('Sampler',)),
   Slot(DRAWN + r'sampler\.grid(\.of)*', 'diffax.grids', given=('schedule', 'steps')),
@@ -119,6 +124,7 @@ DEFAULTS = dict(
     perturb=0.0,  # noise added to what the network is shown
     uncertainty=0,  # channels of a learned weight a noise level; 0 for none
   ),
+  given=dict(name='none'),
   latent=dict(name='none'),
   text=dict(name='none'),
   model=dict,

@@ -427,3 +427,53 @@ def dynamic_threshold(denoise, percentile=0.995, bound=1.):
     q = jnp.maximum(q, bound)
     return with_x0(said, jnp.clip(x0, -q, q) * (bound / q), level)
   return then(denoise, change)
+
+
+# --- sizes beyond training's ----------------------------------------------------------------------
+
+
+def windows(denoise, side, overlap):
+  """A conditional denoiser that sees x [b h w c] by windows of `side` places, and joins what it says.
+
+  Windows overlap by `overlap` places at the least and are weighed less towards their edges; what
+  cond has of x's size is cut alike. Bar-Tal et al. 2023, "MultiDiffusion", eq. 5. One after the
+  other, so that memory is that of one window. Raises ValueError where side and overlap do not fit.
+  """
+  if not 0 <= overlap < side:
+    raise ValueError(f'windows: overlap={overlap} is not within 0 and side={side}')
+
+  def joined(x, level, cond):
+    h, w = x.shape[1:3]
+    if h <= side and w <= side:
+      return predictions.estimate(denoise(x, level, cond), x, level)
+    sides = min(side, h), min(side, w)
+    rows, columns = (_starts(n, s, overlap) for n, s in zip((h, w), sides))
+    places = jnp.asarray([(i, j) for i in rows for j in columns])
+    ramp = lambda n: jnp.minimum(jnp.arange(n) + 1, jnp.arange(n)[::-1] + 1) / n
+    weight = (ramp(sides[0])[:, None] * ramp(sides[1])[None])[None, :, :, None]
+    cut = lambda a, at: jax.lax.dynamic_slice(
+      a, (0, *at, 0), (len(a), *sides, a.shape[-1]))
+    own = lambda a, at: cut(a, at) if a.ndim == 4 and a.shape[1:3] == (h, w) else a
+
+    def one(total, at):
+      part = cut(x, at)
+      said = denoise(part, level, jax.tree.map(lambda a: own(a, at), cond))
+      said = wide(predictions.estimate(said, part, level))
+      add = lambda whole, more: jax.lax.dynamic_update_slice(
+        whole, cut(whole, at) + weight * more, (0, *at, 0))
+      return jax.tree.map(add, total, (said, jnp.ones_like(weight))), None
+
+    shapes = jax.eval_shape(lambda: wide(predictions.estimate(
+      denoise(cut(x, (0, 0)), level, jax.tree.map(lambda a: own(a, (0, 0)), cond)),
+      cut(x, (0, 0)), level)))
+    empty = jax.tree.map(lambda a: jnp.zeros((len(x), h, w, a.shape[-1]), a.dtype), shapes)
+    (said, total), _ = jax.lax.scan(one, (empty, jnp.zeros((1, h, w, 1))), places)
+    return jax.tree.map(lambda a: (a / total).astype(x.dtype), said)
+
+  return joined
+
+
+def _starts(length, side, overlap):
+  """Where windows of `side` begin so that they cover `length`, evenly apart."""
+  count = 1 if length <= side else -(-(length - overlap) // (side - overlap))
+  return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]

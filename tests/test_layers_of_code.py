@@ -17,7 +17,7 @@ LAYERS = {
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
                 'images', 'convert'),
-  'tasks': ('tasks', 'conditions', 'latents', 'texts'),
+  'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
   'doors': ('main',),
 }

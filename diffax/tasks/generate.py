@@ -7,7 +7,7 @@ is then a group of parameters like the network.
 
 import bisect
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from collections.abc import Callable
 
 import einops
@@ -18,6 +18,7 @@ import numpy as np
 from diffax import build as builds
 from diffax import conditions
 from diffax import couplings
+from diffax import edits
 from diffax import guidance
 from diffax import latents
 from diffax import losses
@@ -32,7 +33,7 @@ from diffax.models import layers
 from diffax.tasks import Drawing, Task
 
 TOGETHER, SHOWN, PERTURBED = 4, 5, 6  # what keys are folded with, beside the four they split into
-TEXT, LATENT = 7, 8
+TEXT, LATENT, GIVEN, EDIT = 7, 8, 9, 10
 NOISES = {'independent': noises.independent, 'brownian': noises.brownian}
 
 
@@ -46,20 +47,18 @@ class Process(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A network bound to data of one shape [h w c].
+  """A network bound to data.
 
   init: key -> its parameters. predict: (params, prediction, x, level, cond, keys=None) -> its raw
   output. cond holds what the network is told, and for `predict` alone `before` [b h w c], shown
-  behind x, and `keep` or `attend` [b depth], of each layer (see `guidance.perturbed`). encode:
-  (groups of parameters, data [b h w c], keys [b]) -> x0, in the space the network denoises in.
+  behind x, and `keep` or `attend` [b depth], of each layer (see `guidance.perturbed`). told: what
+  else there is in cond. space: of x.
   """
 
   init: Callable
   predict: Callable
-  shape: tuple
   told: conditions.Conditions
-  latent: latents.Latent
-  encode: Callable
+  space: Any
 
 
 def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
@@ -97,13 +96,13 @@ def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
   clean = partial(_clean, network)
   denoiser = partial(_denoiser, network, process)
   sample = _sampling(network, denoiser, first, 'schedule' in learned, self_condition > 0)
-  prepare = _prepare(config['loss'], network.shape)
+  prepare = _prepare(config['loss'], network)
   update = update if bins else None
   if self_condition:
     denoiser = partial(_at_first, denoiser)
   return Task(
     init, loss, sample, network.told.classes, prepare, extra, update, denoiser,
-    clean, text.frozen | network.latent.frozen, text.tokenize, text.record,
+    clean, text.frozen | network.space.latent.frozen, text.tokenize, text.record,
   )
 
 
@@ -132,41 +131,60 @@ def _process(config):
   return learned, process
 
 
-def _network(config, source, outputs, shows_before):
-  """The config's model as a `Network` with `outputs` channels for each of the data's."""
-  model = build('diffax.models', config['model'], path='model')
-  classes = config['model'].get('classes', 0)
+class Space(NamedTuple):
+  """Where a network denoises: x of `shape` [h w c], of which `latent` (`latents.Latent`) makes data
+  of `pixels` [h w c]. encode: (groups of parameters, data, keys [b] or None) -> x0.
+  """
+
+  shape: tuple
+  pixels: tuple
+  latent: latents.Latent
+  encode: Callable
+
+
+def _space(config, source):
+  """The `Space` of the config's data. Raises ConfigError."""
+  size = config['data']['size']
+  shape = (size, size, source.shape[-1]) if size else tuple(source.shape)
+  if None in shape:
+    raise ConfigError(
+      f'data {config["data"]["name"]!r} has images of several sizes: say --config.data.size=N'
+    )
+  latent = build('diffax.latents', config['latent'], source, path='latent')
+  if source.dtype == np.uint8:
+    encode = lambda groups, x, keys: latent.draw(latent.moments(groups, x), keys)
+    return Space(latent.shape(shape), shape, latent, encode)
+  pixels = *(side * latent.factor for side in shape[:-1]), 3
+  if latent.channels:  # what is stored is `moments`
+    shape = *shape[:-1], latent.channels
+  return Space(shape, pixels, latent, lambda groups, x, keys: latent.draw(x, keys))
+
+
+def _told(config, source, model, space):
+  """What the config's model is told beside x, as `conditions.Conditions`. Raises ConfigError."""
+  classes = conditions.option(model, 'classes')
   if classes not in (0, source.classes):
     raise ConfigError(
       f'config.model.classes={classes}, but the data has {source.classes} classes: say '
       f'{source.classes}, or 0 to ignore them'
     )
-  size = config['data']['size']
-  shape = (size, size, source.shape[-1]) if size else tuple(source.shape)
-  latent = build('diffax.latents', config['latent'], source, path='latent')
-  if None in shape:
-    raise ConfigError(
-      f'data {config["data"]["name"]!r} has images of several sizes: say --config.data.size=N'
-    )
-  pictures = source.dtype == np.uint8
-  if pictures:
-    shape = latent.shape(shape)
-  elif latent.channels:  # what is stored is `moments`
-    shape = *shape[:-1], latent.channels
   text = build('diffax.texts', config['text'], source, path='text')
-  told = conditions.Conditions(classes, text, getattr(source, 'captions', None))
-  for name in ('text', 'pooled'):
-    wants, has = config['model'].get(name, 0), text.channels if name == 'text' else text.pooled
-    if wants not in (0, has):
-      raise ConfigError(
-        f'config.model.{name}={wants}, but config.text={config["text"]["name"]!r} gives {has} '
-        f'channels: say --config.model.{name}={has}'
-      )
-    if has and name == 'text' and not wants:
-      raise ConfigError(
-        f'config.model.text=0, but config.text={config["text"]["name"]!r} is there to be told: say '
-        f'--config.model.text={has}, with a model that takes text (dit, unet)'
-      )
+  given = build('diffax.givens', config['given'], path='given')
+  if given.show and source.dtype != np.uint8:
+    raise ConfigError(
+      f'config.given={config["given"]["name"]!r} is made of pictures, and this data is of latents'
+    )
+  conditions.check(config, model, text, given, space.shape if given.latent else space.pixels)
+  names = conditions.taken(model)
+  captions = getattr(source, 'captions', None)
+  return conditions.Conditions(
+    classes, text, captions, given, space.encode, space.latent.factor, names)
+
+
+def _network(config, source, outputs, shows_before):
+  """The config's model as a `Network` with `outputs` channels for each of the data's."""
+  model, space = build('diffax.models', config['model'], path='model'), _space(config, source)
+  told, shape = _told(config, source, model, space), space.shape
   if outputs > 1 or shows_before:
     if not hasattr(model, 'channels'):
       raise ConfigError(
@@ -177,7 +195,7 @@ def _network(config, source, outputs, shows_before):
 
   def init(key):
     x = jnp.zeros((1, *shape[:-1], shape[-1] * (1 + shows_before)))
-    return model.init(key, x, jnp.zeros(1), conditions.example(told))['params']
+    return model.init(key, x, jnp.zeros(1), conditions.example(told, model, shape))['params']
 
   def predict(params, prediction, x, level, cond, keys=None):
     """It is told its input and time in the prediction's convention."""
@@ -197,10 +215,7 @@ def _network(config, source, outputs, shows_before):
     cond = {k: v for k, v in cond.items() if k not in ('before', *flags)}
     return model.apply({'params': params['net']}, shown, time, cond, keys=keys, **more)
 
-  def encode(groups, x, keys):
-    return latent.draw(latent.moments(groups, x) if pictures else x, keys)
-
-  return Network(init, predict, shape, told, latent, encode)
+  return Network(init, predict, told, space)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -210,20 +225,21 @@ def _split(keys):
   return jax.vmap(partial(jax.random.split, num=4))(keys)  # [b 4]: time, noise, condition, network
 
 
-def _prepare(spec, shape):
+def _prepare(spec, network):
   """The task's `prepare`: what a batch draws together; None where each example draws alone."""
   coupling = build('diffax.couplings', spec['coupling'], path='loss.coupling')
   draws = spec['draw']['name'] != 'independent'
   couples = spec['coupling']['name'] != 'independent'
 
   def prepare(params, state, batch, keys):
-    del params, state
     if draws:
       key = jax.random.fold_in(keys[0], TOGETHER)
       batch |= {'u': build('diffax.times', spec['draw'], key, len(keys), path='loss.draw')}
     if couples:  # in one piece, for examples are compared
-      x0 = layers.constrain(batch['image'], *[None] * batch['image'].ndim)
-      eps = noises.normal(_split(keys)[:, 1], shape)
+      groups = {**state.frozen, **params}
+      x0 = network.space.encode(groups, batch['image'], noises.fold(keys, LATENT))
+      x0 = layers.constrain(x0, *[None] * x0.ndim)
+      eps = noises.normal(_split(keys)[:, 1], x0.shape[1:])
       batch |= {'eps': coupling(noises.fold(keys, TOGETHER), x0, layers.constrain(
         eps, *[None] * eps.ndim))}
     return batch
@@ -235,8 +251,9 @@ def _clean(network, params, frozen, batch, keys, drop=None):
   """The task's `clean`. drop: bool [b], of which examples the network is not told the condition."""
   groups = {**frozen, **params}
   drop = jnp.zeros(len(batch['image']), bool) if drop is None else drop
-  x0 = network.encode(groups, batch['image'], noises.fold(keys, LATENT))
-  return x0, conditions.training(network.told, groups, batch, drop)
+  x0 = network.space.encode(groups, batch['image'], noises.fold(keys, LATENT))
+  given = noises.fold(keys, GIVEN)
+  return x0, conditions.training(network.told, groups, batch, given, drop)
 
 
 def _loss(config, network, learned, process):
@@ -260,12 +277,12 @@ def _loss(config, network, learned, process):
   def loss(params, state, batch, keys):
     p, k = process(params), _split(keys)
     u = batch['u'] if 'u' in batch else jax.vmap(jax.random.uniform)(k[:, 0])
-    eps = batch['eps'] if 'eps' in batch else noises.normal(k[:, 1], network.shape)
     if spec['importance']:
       u, share = times.importance_law(state.extra['importance'])(u)
     t = p.law(u)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, task['drop_cond']))(k[:, 2])
     x0, cond = _clean(network, params, state.frozen, batch, keys, drop)
+    eps = batch['eps'] if 'eps' in batch else noises.normal(k[:, 1], x0.shape[1:])
     ask = shown(params, p.prediction, cond, keys, k[:, 3])
     each = losses.diffusion_loss(
       ask, p.schedule, p.prediction, p.weight(u), x0, eps, t, distance)
@@ -308,27 +325,64 @@ def _sampling(network, denoiser, first, learned, remembers):
     sampler, grid = _walk(settings['sampler'], first.schedule, f'{path}.sampler')
     ts = grid(first.schedule)
     guide = _guide(settings, path, network.told.any)
-    ask = conditions.asking(network.told, settings, path)
     if settings['noise'] not in NOISES:
       raise ConfigError(
         f'config.{path}.noise={settings["noise"]!r}; {builds.near(settings["noise"], NOISES)}')
+    edit = build('diffax.edits', settings['edit'], path=f'{path}.edit')
+    prompts, others = edit.prompts(tuple(settings['prompts']))
+    ask = conditions.asking(network.told, settings, path, prompts, others)
+    pixels, shape = _sizes(network, edit, settings, path)
+    small = (*(side // network.told.given.scale for side in pixels[:-1]), pixels[-1])
 
     def draw(params, frozen, keys, asked):
       schedule, denoise = denoiser(params)
-      groups = {**frozen, **params}
-      cond, null = conditions.sampling(network.told, groups, asked)
-      bound = partial(guide, denoise, schedule)
-      guided = _remembering(bound, cond, null, path) if remembers else bound(cond, null)
-      times = grid(schedule) if learned else ts
-      x = samplers.initial(schedule, times, keys, network.shape)
+      denoise = guidance.windows(denoise, *settings['window']) if settings['window'] else denoise
+      groups, times = {**frozen, **params}, grid(schedule) if learned else ts
+      of_edit = noises.fold(keys, EDIT)
+      conds = conditions.sampling(network.told, groups, asked, of_edit, pixels[:-1])
+      encode = lambda x: network.space.encode(groups, x, of_edit)
+      place = edits.Place(schedule, times, keys, asked, shape, encode, conds, denoise)
+      guided = edit.wrap(place, _guided(place, edit, guide, settings, remembers and path))
+      times, x = edit.begin(place)
       rows = sampler.plan(schedule, times)
       z = samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
-      return network.latent.decode(groups, z)
+      return edit.finish(asked, network.space.latent.decode(groups, z))
 
-    said = partial(conditions.said, network.told, tuple(settings['prompts']))
-    return Drawing(ask, draw, said)
+    said = partial(conditions.said, network.told, prompts)
+    return Drawing(lambda index: ask(index) | edit.ask(index, small), draw, said)
 
   return sample
+
+
+def _sizes(network, edit, settings, path):
+  """([h w c] of pictures, of x) that are drawn. Raises ConfigError."""
+  space, given, size = network.space, network.told.given, tuple(settings['size'])
+  if len(size) not in (0, 2):
+    raise ConfigError(f'config.{path}.size={size}: say (height, width) in pixels, () as trained')
+  if given.show and not edit.trained and 'image' not in (edit.needs or ()):
+    raise ConfigError(
+      f'config.{path}.edit={settings["edit"]["name"]!r}: this network is told a picture; name an '
+      'edit that has one, as inpaint, instruct or upscale'
+    )
+  if edit.trained and not given.show:
+    raise ConfigError(
+      f'config.{path}.edit={settings["edit"]["name"]!r} is for a network that was trained to it '
+      "(config.given); of others take image_to_image, inpaint or invert"
+    )
+  pixels = (*size, space.pixels[-1]) if size else space.pixels
+  try:
+    return pixels, space.latent.shape(pixels) if space.latent.channels else pixels
+  except ConfigError as error:
+    raise ConfigError(f'config.{path}.size={size}: {error}') from error
+
+
+def _guided(place, edit, guide, settings, remembers):
+  """The denoiser that an edit, or else the settings, make of the conditional one."""
+  if edit.guide:
+    return edit.guide(place, settings['guidance'])
+  cond, null = edit.told(place)
+  bound = partial(guide, place.denoise, place.schedule)
+  return _remembering(bound, cond, null, remembers) if remembers else bound(cond, null)
 
 
 def _walk(spec, schedule, path):
