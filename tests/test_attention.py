@@ -38,11 +38,12 @@ def masks(b, m):
   return mask
 
 
-def formula(q, k, v, mask=None):
+def formula(q, k, v, mask=None, causal=False):
   """Softmax of every query by itself, in float64."""
   out = np.zeros((*q.shape[:3], v.shape[-1]))
   for i, n, head in np.ndindex(q.shape[:3]):
-    there = slice(None) if mask is None else mask[i]
+    there = np.ones(k.shape[1], bool) if mask is None else mask[i]
+    there = there & (np.arange(k.shape[1]) <= n) if causal else there
     keys, values = k[i, there, head].astype('f8'), v[i, there, head].astype('f8')
     if len(keys):
       scores = keys @ q[i, n, head] / q.shape[-1] ** 0.5
@@ -82,6 +83,40 @@ def test_formula(impl, masked):
   mask = masks(3, 5) if masked else None
   y = attentions.attention(q, k, v, mask, impl)
   np.testing.assert_allclose(y, formula(q, k, v, mask), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_causal(masked):
+  """A query sees the keys up to its own; where none of them is there, it gets 0 and no NaN."""
+  q, k, v = inputs(3, 7, 7)
+  mask = masks(3, 7) if masked else None
+  weight = np.random.default_rng(2).standard_normal(q.shape).astype('f4')
+  call = lambda q, k, v: attentions.attention(q, k, v, mask, causal=True)
+  np.testing.assert_allclose(call(q, k, v), formula(q, k, v, mask, True), 1e-5, 1e-6)
+  grads = jax.grad(lambda *qkv: (call(*qkv) * weight).sum(), (0, 1, 2))(q, k, v)
+  assert all(np.isfinite(grad).all() for grad in grads)
+  with sharding.using(mesh_of('sequence 4')):  # whose ring has no order of tokens
+    q, k, v = inputs(4)
+    np.testing.assert_allclose(
+      jax.jit(lambda q, k, v: attentions.attention(q, k, v, causal=True))(q, k, v),
+      formula(q, k, v, None, True), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_cudnn_is_given_even_numbers_of_tokens(causal):
+  """With a mask its gradient takes no others (jax 0.10); here another program in its place."""
+  q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(3, 7, 7 if causal else 5))
+  mask, seen, program = masks(3, k.shape[1]), [], jax.nn.dot_product_attention
+
+  def stand_in(q, k, v, implementation, **options):
+    seen.append((implementation, q.shape[1] % 2, k.shape[1] % 2, options['mask'].shape[-1] % 2))
+    return program(q, k, v, implementation='xla', **options)
+
+  with mock.patch.object(jax.nn, 'dot_product_attention', stand_in):
+    y = attentions.attention(q, k, v, mask, 'cudnn', causal)
+  assert seen == [('cudnn', 0, 0, 0)]
+  wanted = formula(*(np.asarray(x, 'f4') for x in (q, k, v)), mask, causal)
+  np.testing.assert_allclose(y.astype('f4'), wanted, 0.03, 0.03)
 
 
 @pytest.mark.parametrize('masked', [False, True])
@@ -165,6 +200,15 @@ def test_chosen_by_devices_and_shape(platform, dtype, keys, d, wanted):
     assert attentions.choose(like, like) == wanted
 
 
+def test_chosen_for_an_order_of_tokens():
+  half, single = (jax.ShapeDtypeStruct((1, 4096, 2, 64), d) for d in ('bfloat16', 'float32'))
+  for platform, like, wanted in (
+    ('gpu', half, 'cudnn'), ('gpu', single, 'xla'), ('tpu', half, 'xla'), ('cpu', half, 'xla')
+  ):
+    with mock.patch.object(layers, 'platform', lambda platform=platform: platform):
+      assert attentions.choose(like, like, causal=True) == wanted
+
+
 def test_devices_are_those_of_the_mesh_in_force():
   device = types.SimpleNamespace(platform='tpu')
   mesh = types.SimpleNamespace(abstract_device=device)
@@ -201,6 +245,8 @@ def test_errors_name_the_value_and_the_remedy():
     attentions.attention(q, k, v, impl='ring')
   with pytest.raises(ValueError, match="float32.*model.dtype"):
     attentions.attention(q, k, v, impl='cudnn')
+  with pytest.raises(ValueError, match="'ring' has no causal order.*auto, xla or cudnn"):
+    attentions.attention(q, k, v, impl='ring', causal=True)
 
 
 @pytest.mark.slow

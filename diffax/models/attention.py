@@ -40,31 +40,41 @@ def using(impl):
     FORCED.reset(token)
 
 
-def attention(q, k, v, mask=None, impl=None):
+def attention(q, k, v, mask=None, impl=None, causal=False):
   """Attention of queries [b n k d] to keys and values [b m k d]: [b n k d] in the dtype of v.
 
   mask: [b m], which keys there are, 0 or 1; without any the result is 0. None: all of them. impl: a
-  name of `IMPLS`, or 'auto'; None is what is in force, see `using`.
+  name of `IMPLS`, or 'auto'; None is what is in force, see `using`. causal: whether the i-th of n
+  queries attends to the first i of n keys alone, by a name of `CAUSAL`.
   Raises ValueError for another name, and for shapes or dtypes that a program named cannot take.
   """
   impl = impl or FORCED.get()
   if impl == 'auto':
-    impl = choose(q, k)
+    impl = choose(q, k, causal)
   if impl not in IMPLS:
     raise ValueError(f"attention={impl!r} is none of auto, {', '.join(IMPLS)}")
+  if causal and impl not in CAUSAL:
+    raise ValueError(
+      f"attention={impl!r} has no causal order, as a text encoder needs: take auto, "
+      f"{' or '.join(CAUSAL)}"
+    )
+  program = functools.partial(IMPLS[impl], causal=True) if causal else IMPLS[impl]
   q, k, v = (layers.constrain(x, 'batch', 'tokens', 'heads', None) for x in (q, k, v))
   if mask is None:
-    y = IMPLS[impl](q, k, v, None)
+    y = program(q, k, v, None)
   else:  # where there are no keys a softmax is not defined, nor is its gradient: all, then none
-    some = mask.astype(bool).any(axis=-1)
-    y = IMPLS[impl](q, k, v, mask.astype(bool) | ~some[:, None])
-    y = jnp.where(some[:, None, None, None], y, 0)
+    mask = mask.astype(bool)
+    some = jnp.logical_or.accumulate(mask, axis=1) if causal else mask.any(axis=1, keepdims=True)
+    y = program(q, k, v, mask if causal else mask | ~some)
+    y = jnp.where(some[:, :, None, None], y, 0)  # some: [b n] or [b 1]
   return layers.constrain(y, 'batch', 'tokens', 'heads', None)
 
 
-def choose(q, k):
+def choose(q, k, causal=False):
   """The name of the program for queries [b n k d] and keys [b m k d], on the mesh in force."""
   platform = layers.platform()
+  if causal:
+    return 'cudnn' if platform == 'gpu' and _cudnn_takes(q, k) else 'xla'
   if _parts(q, k):
     return 'ring'
   if platform == 'gpu' and _cudnn_takes(q, k):
@@ -77,9 +87,11 @@ def choose(q, k):
 # --- one device at a time -------------------------------------------------------------------------
 
 
-def _xla(q, k, v, mask):
+def _xla(q, k, v, mask, causal=False):
   mask = None if mask is None else mask[:, None, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='xla')
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=causal, implementation='xla'
+  )
 
 
 def _cudnn_takes(q, k):
@@ -87,14 +99,20 @@ def _cudnn_takes(q, k):
   return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
-def _cudnn(q, k, v, mask):
+def _cudnn(q, k, v, mask, causal=False):
   if not _cudnn_takes(q, k):
     raise ValueError(
       f"attention='cudnn' takes bfloat16 or float16 and heads of up to 128 channels, a multiple of "
       f"8; here are {q.dtype} and {q.shape[-1]}: set model.dtype, or attention='auto'"
     )
-  mask = None if mask is None else mask[:, None, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
+  n = q.shape[1]
+  if mask is not None:  # its gradient then takes even numbers of tokens alone
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)) + ((0, 0),) * (x.ndim - 2))
+    q, k, v, mask = even(q), even(k), even(v), even(mask)[:, None, None]
+  y = jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=causal, implementation='cudnn'
+  )
+  return y[:, :n]
 
 
 def _splash(q, k, v, mask, interpret=False):
@@ -259,3 +277,4 @@ def _ring_backward(axis, size, kept, dy):
 _ring_shard.defvjp(_ring_forward, _ring_backward)
 
 IMPLS = {'xla': _xla, 'cudnn': _cudnn, 'splash': _splash, 'ring': _ring, 'tokamax': _tokamax}
+CAUSAL = ('xla', 'cudnn')  # that have an order of tokens
