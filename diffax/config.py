@@ -62,6 +62,8 @@ SAMPLING = dict(
 )
 SHOWN = dict(batch_size=64, labels='balanced', **SAMPLING)  # settings of a section that samples
 DRAWN = r'(sample|evals\.\w+)\.'  # the sections that sample
+PHASE = r'(phases\.\w+\.)?'  # of a phase, or of the first
+RATE = PHASE + r'learning_rate'
 
 # A place that ends in `(\.of)*` nests: an argument `of` is another function of the same kind.
 SLOTS = (
@@ -83,8 +85,10 @@ SLOTS = (
   Slot(r'latent', 'diffax.latents', ('Latent',), ('source',)),
   Slot(r'text(\.of)*', 'diffax.texts', ('Text',), ('source',)),
   Slot(r'model', 'diffax.models', ('Module',)),
-  Slot(r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0, unit_kernels='')),
-  Slot(r'learning_rate', 'optax.schedules'),
+  Slot(
+    PHASE + r'optimizer', 'optax', given=('learning_rate',), extra=dict(clip=0.0, unit_kernels='')
+  ),
+  Slot(RATE, 'optax.schedules'),
   Slot(r'evals\.\w+', 'diffax.evals', given=('run', 'path'), extra=dict(every=0)),
   Slot(r'evals\.\w+\.features', 'diffax.features', given=('source', 'held_out', 'size')),
   Slot(
@@ -103,7 +107,10 @@ SLOTS = (
     closed=True,
   ),
 )
-OPEN = r'evals|evals\.\w+\.metrics|' + DRAWN + r'transforms'  # where the names are one's own
+OPEN = {  # where the names are one's own, and what may stand under each
+  r'evals|evals\.\w+\.metrics|' + DRAWN + r'transforms': {},
+  r'phases': dict(optimizer=None, learning_rate=None),  # None: as the first phase's
+}
 
 DEFAULTS = dict(
   seed=0,
@@ -130,6 +137,7 @@ DEFAULTS = dict(
   model=dict,
   optimizer=dict(name='adamw'),
   learning_rate=dict(name='constant_schedule', value=1e-4),
+  phases={},  # {name: dict(optimizer=..., learning_rate=...)} of a task's phases after the first
   ema=(0.9999,),
   ema_on_host=False,  # averages lie in the memory of the hosts, and visit the devices each step
   mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1),
@@ -216,6 +224,11 @@ def _slot(path):
   return next((s for s in SLOTS if re.fullmatch(s.path, path)), None)
 
 
+def _entry(path):
+  """What may stand under each name at an open place; None elsewhere."""
+  return next((entry for open_, entry in OPEN.items() if re.fullmatch(open_, path)), None)
+
+
 def complete(config, awaited=()):
   """`config` with all defaults, every key, name and type checked. Raises ConfigError.
 
@@ -224,8 +237,6 @@ def complete(config, awaited=()):
   config = copy.deepcopy(config)
   if isinstance(config.get('ema'), (int, float, str)):
     config['ema'] = (config['ema'],)
-  if isinstance(config.get('learning_rate'), (int, float)):
-    config['learning_rate'] = dict(name='constant_schedule', value=float(config['learning_rate']))
   return _complete(config, DEFAULTS, '', awaited)
 
 
@@ -238,9 +249,11 @@ def _spelled(value):
 
 def _complete(values, defaults, path, awaited):
   """Merges a level of the config with its defaults, which a slot's function adds to."""
-  slot = _slot(path)
-  if slot or re.fullmatch(OPEN, path):
+  slot, entry = _slot(path), _entry(path)
+  if slot or entry is not None:
     values = _spelled(values)
+  if re.fullmatch(RATE, path) and isinstance(values, (int, float)):
+    values = dict(name='constant_schedule', value=float(values))
   if slot:
     if not isinstance(values, dict):
       raise ConfigError(f'{path}={values!r}: give dict(name=..., ...) or a name')
@@ -255,7 +268,7 @@ def _complete(values, defaults, path, awaited):
     }
   elif not isinstance(values, dict):
     raise ConfigError(f'{path}={values!r}: give a dict with {", ".join(defaults)}')
-  unknown = [k for k in values if k not in defaults and not re.fullmatch(OPEN, path)]
+  unknown = [k for k in values if k not in defaults and entry is None]
   if unknown:
     where = f'{path}.{unknown[0]}' if path else unknown[0]
     what = f' ({values["name"]} takes no such argument)' if slot and 'name' in values else ''
@@ -263,19 +276,21 @@ def _complete(values, defaults, path, awaited):
   done = {}
   for key in {**defaults, **values}:
     where = f'{path}.{key}' if path else key
-    default = defaults.get(key, {} if re.fullmatch(OPEN, path) else None)
+    default = defaults.get(key, entry)
     value = values.get(key, default)
     if isinstance(value, type) or value is inspect.Parameter.empty:
       if where in awaited:
         continue
       choices = f': {build.near("", _choices(_slot(where)))}' if _slot(where) else ''
       raise ConfigError(f'config says no {where!r}, which is needed{choices}')
-    if isinstance(default, dict) or default is dict or _slot(where) or re.fullmatch(OPEN, where):
+    if value is None and key not in values:
+      continue
+    known = isinstance(default, dict) or default is dict
+    if known or _slot(where) or _entry(where) is not None:
       value = _complete(value, default if isinstance(default, dict) else {}, where, awaited)
     elif key in values:
       value = _typed(value, default, where)
-    if value is not None or key in values:
-      done[key] = value
+    done[key] = value
   return done
 
 
@@ -355,8 +370,8 @@ def override(config, arguments):
       raise ConfigError(f'{argument}: write --config.{path}=VALUE')
     pairs.append((path, text))
   for path, text in pairs:
-    if path == 'learning_rate' and _is_number(text):
-      config[path] = float(text)
+    if re.fullmatch(RATE, path) and _is_number(text):
+      _put(config, path.split('.'), float(text))
     elif _slot(path) and not text.startswith('{'):
       path = f'{path}.name'
     if path.endswith('.name'):
@@ -390,6 +405,13 @@ def _is_number(text):
     return float(text) is not None
   except ValueError:
     return False
+
+
+def _put(config, path, value):
+  """Sets the value at `path`, whose sections need not be there."""
+  for key in path[:-1]:
+    config[key] = config = _spelled(config.get(key, {}))
+  config[path[-1]] = value
 
 
 def _rename(config, path, name):

@@ -49,8 +49,8 @@ def masked(least=0.2, most=0.9, drop=0.1) -> Given:
   """A picture whose hidden part is grey, and its mask: `image` and `mask`; for inpainting.
 
   Training hides a rectangle around a place uniform in the picture, as long as a share of each side
-  uniform in [least, most], cut by the edges, or all of it with rate `drop`. Rombach et al. 2022, sec. 4.5. Raises ValueError for
-  shares outside (0, 1].
+  uniform in [least, most], cut by the edges, or all of it with rate `drop`; Rombach et al. 2022,
+  sec. 4.5. Raises ValueError for shares outside (0, 1].
   """
   if not 0 < least <= most <= 1:
     raise ValueError(f'masked: least={least}, most={most}: say 0 < least <= most <= 1')

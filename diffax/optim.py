@@ -8,31 +8,62 @@ import jax.numpy as jnp
 import optax
 
 from diffax import sharding
-from diffax.build import build, ConfigError
+from diffax.build import build, ConfigError, near
 
 
-def optimizer(config):
+def optimizers(config, phases):
+  """({phase: transformation}, {phase: learning rate}) for names of phases; for none, `optimizer`'s.
+
+  Raises ConfigError for an optimizer of a phase that is not there.
+  """
+  known = phases[1:]
+  for name in config['phases']:
+    if name not in known:
+      raise ConfigError(
+        f'config.phases.{name}: {_phases(config["task"]["name"], phases)}; {near(name, known)}'
+      )
+  if not phases:
+    return optimizer(config)
+  made = {name: optimizer(config, name) for name in phases}
+  return tuple({name: each[i] for name, each in made.items()} for i in range(2))
+
+
+def _phases(task, phases):
+  if not phases:
+    return f'the task {task!r} has no phases'
+  return (
+    f'no phase of the task {task!r} that has an optimizer of its own; that of its first, '
+    f'{phases[0]!r}, is config.optimizer'
+  )
+
+
+def optimizer(config, phase=''):
   """(optax transformation, learning rate as a function of the step) of a complete config.
+
+  phase: of whose section of `config.phases`, where that says one, else the config's own.
 
   `optimizer.clip` > 0 clips the gradient's global norm first. A text as `optimizer.mask` is a
   pattern: parameters whose path it matches decay ('kernel' leaves biases and embeddings alone).
   `optimizer.unit_kernels` is one, too: see `unit_kernels`.
   """
-  spec = dict(config['optimizer'])
-  rate = build('optax.schedules', config['learning_rate'], path='learning_rate')
+  said = config['phases'].get(phase, {})
+  place = lambda key: f'phases.{phase}.{key}' if key in said else key
+  part = {key: said.get(key, config[key]) for key in ('optimizer', 'learning_rate')}
+  spec, path = dict(part['optimizer']), place('optimizer')
+  rate = build('optax.schedules', part['learning_rate'], path=place('learning_rate'))
   if isinstance(spec.get('mask'), str):
-    decays = _matcher(spec['mask'], 'mask')
+    decays = _matcher(spec['mask'], f'{path}.mask')
     spec['mask'] = lambda params: jax.tree_util.tree_map_with_path(
       lambda path, _: decays(path), params
     )
-  tx = build('optax', spec, rate, path='optimizer', skip=('clip', 'unit_kernels'))
+  tx = build('optax', spec, rate, path=path, skip=('clip', 'unit_kernels'))
   if not hasattr(tx, 'update'):
     raise ConfigError(
-      f'config.optimizer.name={spec["name"]!r} is not an optimizer of optax; try adamw, adam, '
+      f'config.{path}.name={spec["name"]!r} is not an optimizer of optax; try adamw, adam, '
       'lion, sgd, adafactor'
     )
   if spec['clip'] < 0:
-    raise ConfigError(f'config.optimizer.clip={spec["clip"]} is negative; 0 clips nothing')
+    raise ConfigError(f'config.{path}.clip={spec["clip"]} is negative; 0 clips nothing')
   before = [optax.clip_by_global_norm(spec['clip'])] if spec['clip'] else []
   after = [unit_kernels(spec['unit_kernels'])] if spec['unit_kernels'] else []
   return (optax.chain(*before, tx, *after) if before or after else tx), rate
@@ -43,7 +74,7 @@ def _matcher(pattern, key):
   try:
     compiled = re.compile(pattern)
   except re.error as error:
-    raise ConfigError(f'config.optimizer.{key}={pattern!r} is no pattern: {error}') from error
+    raise ConfigError(f'config.{key}={pattern!r} is no pattern: {error}') from error
   return lambda path: compiled.search(sharding.name(path)) is not None
 
 
@@ -57,7 +88,7 @@ def unit_kernels(pattern):
   eq. 66 and algorithm 1. Raises ConfigError for no pattern; at `init`, for one that matches nothing
   or what is no kernel.
   """
-  matches = _matcher(pattern, 'unit_kernels')
+  matches = _matcher(pattern, 'optimizer.unit_kernels')
 
   def init(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -40,19 +40,32 @@ def state_before(run, workdir, step, show=print):
 
 
 def replay(run, workdir, step, show=print):
-  """Shows step `step`: an example a line, by falling loss. Returns (batch, losses [b], info)."""
+  """Shows step `step`: an example a line, by falling loss, of each of the task's phases.
+
+  Returns (batch, losses [b], info), of the first.
+  """
   state = state_before(run, workdir, step, show)
-  batch, losses, info = train.each_loss(run, state)
-  show(f'step {step}: mean loss {losses.mean():.6g} over {len(losses)} examples')
+  found = train.each_loss(run, state)
+  _show(run, f'step {step}', *found, show)
+  for i, phase in enumerate(run.task.phases[1:], 1):
+    _show(run, f'step {step}, phase {phase.name}', *train.each_loss(run, state, i), show)
+  return found
+
+
+def _show(run, title, batch, losses, info, show):
+  columns = {k: v for k, v in info.items() if k != 'noise'}
+  noise = info.get('noise')
+  show(f'{title}: mean loss {losses.mean():.6g} over {len(losses)} examples')
   show(
-    f'{"example":>7}  {"loss":>10}  {"noise":>9}  '
-    + '  '.join(f'{k:>8}' for k in info if k != 'noise')
-    + '  record'
+    f'{"example":>7}  {"loss":>10}  '
+    + (f'{"noise":>9}  ' if noise is not None else '')
+    + ''.join(f'{k:>8}  ' for k in columns)
+    + 'record'
   )
   for i in sorted(
     range(len(losses)), key=lambda i: -losses[i] if losses[i] == losses[i] else -float('inf')
   ):
-    rest = '  '.join(f'{v[i]:>8.4f}' for k, v in info.items() if k != 'noise')
+    rest = ''.join(f'{v[i]:>8.4f}  ' for v in columns.values())
+    rest = (f'{noise[i]:>9.4g}  ' if noise is not None else '') + rest
     record = run.source.name_of(int(batch['index'][i]))
-    show(f'{i:>7}  {losses[i]:>10.4g}  {info["noise"][i]:>9.4g}  {rest}  {record}')
-  return batch, losses, info
+    show(f'{i:>7}  {losses[i]:>10.4g}  {rest}{record}')

@@ -14,6 +14,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from diffax.data import tokenizers
+from diffax.models import text as texts
+
 
 
 class Text(NamedTuple):
@@ -50,9 +53,6 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
   tokenizer: a file of one, '' to make it of the captions; a run keeps its own. Raises ValueError
   where the data has no captions.
   """
-  from diffax.data import tokenizers
-  from diffax.models import text as texts
-
   if getattr(source, 'captions', None) is None:
     raise ValueError(
       'text=learned: this data has no captions; take data=emoji, or data=captioned with '
@@ -88,7 +88,7 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
 class Tokenize(NamedTuple):
   """A tokenizer as a function of prompts, which pickles."""
 
-  tokenizer: NamedTuple
+  tokenizer: tokenizers.Tokenizer
 
   def __call__(self, prompts):
     tokens, mask, _ = self.tokenizer.encode(list(prompts))

@@ -10,12 +10,10 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-import einops
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from diffax import checkpoint
 from diffax import ema
@@ -26,6 +24,7 @@ from diffax import log as logs
 from diffax import optim
 from diffax import sample
 from diffax import sharding
+from diffax import updates
 from diffax.build import build, ConfigError
 from diffax.data import pipeline
 from diffax.models import layers
@@ -54,7 +53,7 @@ class State:
 
 
 class Run(NamedTuple):
-  """What a config comes to: see `setup`."""
+  """What a config comes to: see `setup`. tx, rate: of a task with phases, {phase: ...}."""
 
   config: dict
   source: Any
@@ -78,7 +77,7 @@ def setup(config, devices=None):
     'diffax.data.sources', config['data'], path='data', skip=('size', 'flip', 'workers', 'on_error')
   )
   task = build('diffax.tasks', config['task'], config, source, path='task')
-  tx, rate = optim.optimizer(config)
+  tx, rate = optim.optimizers(config, [phase.name for phase in task.phases])
   for key in ('steps', 'batch_size', 'accumulate', 'log_every', 'save_every'):
     if config[key] < 1:
       raise ConfigError(f'config.{key}={config[key]} is less than 1')
@@ -140,8 +139,8 @@ def _init(config, task, tx):
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema=ema.init(params, config['ema']),
-    opt=tx.init(params),
-    sums={'loss': jnp.zeros(()), 'grad_norm': jnp.zeros(()), 'steps': jnp.zeros(())},
+    opt=updates.init(task.phases, tx, params),
+    sums=updates.sums(updates.of(task.loss, task.phases)),
     bad=jnp.zeros((), bool),
     extra=task.extra(),
   )
@@ -161,73 +160,54 @@ def example_keys(seed, step, count):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def make_step(loss, tx, rate, config, prepare=None, carry=None):
+def make_step(loss, tx, rate, config, prepare=None, carry=None, phases=()):
   """The update `(state, batch) -> (state, metrics)`, a pure function to be jitted.
 
-  loss, prepare, carry: a task's `loss`, `prepare` and `update`. metrics: means since the last
-  logged step, the learning rate, and `bad`. Where loss or gradient is not finite, the state stays
-  as it was but for the flag `bad`.
+  loss, prepare, carry, phases: a task's `loss`, `prepare`, `update` and `phases`; with phases tx
+  and rate are {phase: ...}. metrics: means since the last logged step, the learning rate, and
+  `bad`. Where a loss or gradient is not finite, the state stays as it was but for the flag `bad`.
   """
-  count, micro = config['batch_size'], config['accumulate']
+  count, parts = config['batch_size'], tuple(enumerate(updates.of(loss, phases)))
+  pick = updates.of_name
+  advance = [updates.advance(i, phase, pick(tx, phase), config, bool(carry)) for i, phase in parts]
 
-  def gradient(params, state, batch, keys):
-    """((loss, info), gradient); no info where none is asked for."""
-    def total(params):
-      losses, info = loss(params, state, batch, keys)
-      return losses.sum() / count, info if carry else {}
-
-    return jax.value_and_grad(total, has_aux=True)(params)
-
-  def accumulate(params, state, batch, keys):
-    """The same in `micro` passes; strided, so that each device's rows stay where they are."""
-    parts = jax.tree.map(
-      lambda x: einops.rearrange(x, '(b k) ... -> k b ...', k=micro), (batch, keys)
-    )
-
-    def add(total, part):
-      (value, info), grads = gradient(params, state, *part)
-      return jax.tree.map(jnp.add, total, (value, grads)), info
-
-    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (value, grads), info = jax.lax.scan(add, zero, parts, unroll=layers.unroll(micro))
-    info = jax.tree.map(lambda x: einops.rearrange(x, 'k b ... -> (b k) ...'), info)
-    return (value, info), grads
-
-  def update(state, grads, sums, extra, bad):
-    """The next state; where `bad`, this one."""
+  def chosen(old, new, sums, extra, bad):
+    """The next state; where `bad`, the old one."""
     # Averages are taken of the chosen parameters, else XLA keeps one more copy of those.
     choose = lambda new, old: jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
-    averages = state.ema
+    averages = old.ema
     if config.get('ema_on_host'):
       averages = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), averages)
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = choose(optax.apply_updates(state.params, updates), state.params)
+    params = choose(new.params, old.params)
     return State(
-      step=choose(state.step + 1, state.step),
+      step=choose(old.step + 1, old.step),
       params=params,
-      ema=choose(ema.update(averages, params, state.step), averages),
-      opt=choose(opt, state.opt),
-      sums=choose(sums, state.sums),
+      ema=choose(ema.update(averages, params, old.step), averages),
+      opt=choose(new.opt, old.opt),
+      sums=choose(sums, old.sums),
       bad=bad,
-      extra=choose(extra, state.extra),
-      frozen=state.frozen,
+      extra=choose(extra, old.extra),
+      frozen=old.frozen,
     )
 
   def step(state, batch):
     keys = example_keys(config['seed'], state.step, count)
     batch = {k: v for k, v in batch.items() if k != 'index'}
     batch = _prepared(prepare, state, batch, keys)
-    both = accumulate if micro > 1 else gradient
-    (value, info), grads = both(state.params, state, batch, keys)
-    norm = optax.tree.norm(grads)
-    bad = state.bad | ~(jnp.isfinite(value) & jnp.isfinite(norm))
+    new, this, info, bad = state, {}, {}, state.bad
+    for (i, phase), carry_out in zip(parts, advance):
+      new, found = carry_out(new, batch, keys)
+      this |= updates.summed(i, phase, found)
+      info |= {phase.name: found.info} if i else found.info
+      bad |= ~(jnp.isfinite(found.loss) & jnp.isfinite(found.norm))
     logged = state.step % config['log_every'] == 0
-    this = {'loss': value, 'grad_norm': norm, 'steps': 1.0}
     sums = jax.tree.map(lambda s, x: jnp.where(logged, 0.0, s) + x, state.sums, this)
-    metrics = {k: sums[k] / sums['steps'] for k in ('loss', 'grad_norm')}
-    metrics |= {'learning_rate': jnp.asarray(rate(state.step), jnp.float32), 'bad': bad}
+    metrics = updates.metrics([phase for _, phase in parts], sums) | {'bad': bad}
+    for i, phase in parts:
+      now = jnp.asarray(pick(rate, phase)(updates.done(phase, state.step)), jnp.float32)
+      metrics[updates.name('learning_rate', i, phase)] = now
     extra = carry(state.extra, info) if carry else state.extra
-    return update(state, grads, sums, extra, bad), metrics
+    return chosen(state, new, sums, extra, bad), metrics
 
   return step
 
@@ -246,7 +226,8 @@ def compile_step(run):
   batch = checkpoint.abstract(shapes, jax.tree.map(lambda _: sharding.batch(run.mesh), shapes))
   place = jax.tree.map(lambda x: x.sharding, run.like)
   task = run.task
-  step = make_step(task.loss, run.tx, run.rate, run.config, task.prepare, task.update)
+  step = make_step(
+    task.loss, run.tx, run.rate, run.config, task.prepare, task.update, task.phases)
   with run.layout():
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
     return jitted.lower(run.like, batch).compile()
@@ -301,16 +282,22 @@ class BadStep(Exception):
   """A loss or a gradient was not finite."""
 
 
-def each_loss(run, state):
-  """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]})."""
-  step = int(state.step)
+def each_loss(run, state, number=0):
+  """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]}).
+
+  number: of the phase whose losses they are, behind the updates of those before it.
+  """
+  step, task, config = int(state.step), run.task, run.config
   own, place = _placed(run)
-  batch = place(pipeline.batch_at(run.source, step, **_data_options(run.config, run.task), **own))
+  batch = place(pipeline.batch_at(run.source, step, **_data_options(config, task), **own))
+  parts = updates.of(task.loss, task.phases)
 
   def losses(state, batch):
-    keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
-    batch = _prepared(run.task.prepare, state, batch, keys)
-    return run.task.loss(state.params, state, batch, keys)
+    keys = example_keys(config['seed'], state.step, config['batch_size'])
+    batch = _prepared(task.prepare, state, batch, keys)
+    for i, phase in enumerate(parts[:number]):
+      state, _ = updates.advance(i, phase, run.tx[phase.name], config)(state, batch, keys)
+    return updates.losses(number, parts[number], state, batch, keys)
 
   with run.layout():
     return sharding.fetch((batch, *jax.jit(losses)(state, batch)))
@@ -318,18 +305,22 @@ def each_loss(run, state):
 
 def _explain(run, state, workdir):
   """What to tell of a bad step. The state has stood still since, so it can be done again here."""
-  step = int(state.step) + 1
-  batch, losses, info = each_loss(run, state)
-  bad = [i for i in range(len(losses)) if not abs(losses[i]) < float('inf')]
+  step, finite = int(state.step) + 1, lambda loss: abs(loss) < float('inf')
+  for i, phase in enumerate(updates.of(run.task.loss, run.task.phases)):
+    batch, losses, info = each_loss(run, state, i)
+    bad = [i for i in range(len(losses)) if not finite(losses[i])]
+    of = f' of phase {phase.name}' if phase.name else ''
+    if bad:
+      break
   what = (
-    f'{len(bad)} of {len(losses)} losses are not finite'
+    f'{len(bad)} of {len(losses)} losses{of} are not finite'
     if bad
     else 'all losses are finite, the gradient is not'
   )
   show = bad[:8] or sorted(range(len(losses)), key=lambda i: -losses[i])[:4]
   rows = [
-    f'  example {i}: {run.source.name_of(int(batch["index"][i]))}, noise {info["noise"][i]:.4g} '
-    f'(t={info["t"][i]:.4g}), loss {losses[i]:.4g}'
+    f'  example {i}: {run.source.name_of(int(batch["index"][i]))}, {_said(info, i)}'
+    f'loss {losses[i]:.4g}'
     for i in show
   ]
   return '\n'.join(
@@ -339,6 +330,11 @@ def _explain(run, state, workdir):
       f'look again: python -m diffax.main --workdir {workdir} --mode replay --step {step}',
     ]
   )
+
+
+def _said(info, i):
+  """Of an example of a denoiser, at what noise it was."""
+  return f'noise {info["noise"][i]:.4g} (t={info["t"][i]:.4g}), ' if 'noise' in info else ''
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -416,15 +412,12 @@ def train(run, workdir, warm=None, profile=None):
 
 
 def model_flops(run):
-  """FLOPs of a training step: three times those of the losses of a batch."""
+  """FLOPs of a training step, of all its phases."""
   batch = jax.eval_shape(lambda: _batch_like(run))
-  state = run.like
 
-  def losses(state, batch):
-    keys = example_keys(run.config['seed'], state.step, run.config['batch_size'])
-    return run.task.loss(state.params, state, batch, keys)[0]
-
-  return 3 * flops.count(losses, state, batch)
+  keys = jax.eval_shape(lambda: example_keys(0, 0, run.config['batch_size']))
+  parts = enumerate(updates.of(run.task.loss, run.task.phases))
+  return sum(updates.flops_of(i, phase, run.like, batch, keys) for i, phase in parts)
 
 
 def _peak(mesh):

@@ -18,7 +18,7 @@ LAYERS = {
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
                 'images', 'convert'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'texts'),
-  'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
+  'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals'),
   'doors': ('main',),
 }
 LOWER = ('mathematics', 'models', 'data', 'machinery')

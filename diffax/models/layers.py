@@ -171,6 +171,17 @@ def unroll(length):
   return length if platform() == 'cpu' else 1
 
 
+def when(flag, act, rest):
+  """act() where `flag`, a traced bool, holds, else rest(): `lax.cond`. On a CPU both are computed.
+
+  Within a branch, as within a loop, XLA for CPUs has no fast program for the gradients of a
+  convolution (see `unroll`): forty times the time.
+  """
+  if platform() != 'cpu':
+    return jax.lax.cond(flag, act, rest)
+  return jax.tree.map(lambda x, y: jnp.where(flag, x, y), act(), rest())
+
+
 def conv(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
          feature_group_count=1, precision=None):
   """A convolution of [b h *space c], with kernel [*sides in out]: `lax.conv_general_dilated`.

@@ -34,6 +34,23 @@ class Drawing(NamedTuple):
   said: Callable[..., Any] = lambda index: []
 
 
+class Phase(NamedTuple):
+  """A part of a training step with a loss and an optimizer of its own.
+
+  name: by which `config.phases` gives it an optimizer and a learning rate; those of the first phase
+  are the config's. groups: names of the groups of parameters it trains. loss: as `Task.loss`; it
+  sees the parameters as the phases before it have left them. every, start: it is due in the steps
+  start, start + every, ..., from 0; else its parameters and its optimizer stay as they are, so
+  that its learning rate goes by the updates it made.
+  """
+
+  name: str
+  groups: tuple
+  loss: Callable[..., Any]
+  every: int = 1
+  start: int = 0
+
+
 class Task(NamedTuple):
   """What the loops ask of a task; pure functions.
 
@@ -47,13 +64,17 @@ class Task(NamedTuple):
   prepare: (params, state, batch, keys) -> batch, once a step on the whole batch, before it is split
     into microbatches; for what examples are drawn together.
   extra: () -> the first `State.extra`, arrays beside the parameters that a run carries on.
-  update: (extra, info) -> extra, once a step, with the info of the whole batch.
+  update: (extra, info) -> extra, once a step, with the info of the whole batch; with phases that of
+    the first, and {name: info} of the others in it, zeros where one was not due.
   denoiser: params -> (schedule, (x, level, cond) -> Estimate).
   clean: (params, frozen, batch, keys [b]) -> (x0, cond): what the examples of a batch are to the
     denoiser, undisturbed.
   frozen: {name: `Frozen`} of what is read and never trained; their arrays lie in `State.frozen`.
   tokenize: [str, ...] -> {name: numpy [b ...]} of captions, which batches then carry; it pickles.
   record: {file: text} that a run keeps in its workdir.
+  phases: `Phase`s, carried out in order within each step; `loss` is then that of the first. Keys of
+    later ones are others than the first's. `prepare` comes before them all. Without any, all
+    parameters are trained by `loss`.
   """
 
   init: Callable[..., Any]
@@ -68,3 +89,4 @@ class Task(NamedTuple):
   frozen: dict = {}
   tokenize: Callable[..., Any] | None = None
   record: dict = {}
+  phases: tuple[Phase, ...] = ()
