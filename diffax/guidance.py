@@ -433,7 +433,7 @@ def dynamic_threshold(denoise, percentile=0.995, bound=1.):
 
 
 def windows(denoise, side, overlap):
-  """A conditional denoiser that sees x [b h w c] by windows of `side` places and joins what it says.
+  """A conditional denoiser that sees x [b h w c] by windows of `side` places, and joins the parts.
 
   Windows overlap by `overlap` places at the least and are weighed less towards their edges; what
   cond has of x's size is cut alike. Bar-Tal et al. 2023, "MultiDiffusion", eq. 5. One after the

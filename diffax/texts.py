@@ -18,7 +18,6 @@ from diffax.data import tokenizers
 from diffax.models import text as texts
 
 
-
 class Text(NamedTuple):
   """How prompts become conditions.
 

@@ -285,7 +285,8 @@ def test_replay_and_trouble(tmp_path):
   _, metrics = step(jax.device_put(state, place), {k: jnp.asarray(v) for k, v in batch.items()})
   assert losses.mean() == pytest.approx(float(metrics['loss']), rel=1e-5)
   line = next(line for line in lines if line.startswith('step 2, phase critic: mean loss'))
-  assert float(line.split('mean loss ')[1].split()[0]) == pytest.approx(float(metrics['loss_critic']), rel=1e-5)
+  mean = float(line.split('mean loss ')[1].split()[0])
+  assert mean == pytest.approx(float(metrics['loss_critic']), rel=1e-5)
   assert any('off' in line for line in lines)
 
 
