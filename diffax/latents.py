@@ -10,8 +10,6 @@ other module sees z. A function `(source, ...) -> Latent`:
   autoencoder  a KL or VQ autoencoder of a folder of weights, frozen
 """
 
-import json
-import os
 from typing import NamedTuple
 from collections.abc import Callable
 
@@ -58,7 +56,7 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   """
   from diffax.convert import autoencoder as stored
 
-  said = config_json(path, 'latent.path')
+  said = tensors.config_json(path)
   model = build('diffax.models', stored.from_config(said) | {'dtype': dtype}, path='latent')
   shift, scale = normalisation(said)
   files = tensors.find(path)
@@ -109,18 +107,3 @@ def normalisation(said):
     mean, std = (np.asarray(said[f'latents_{k}'], np.float32) for k in ('mean', 'std'))
     return mean, std / np.float32(factor)
   return np.float32(said.get('shift_factor') or 0.0), np.float32(1 / factor)
-
-
-def config_json(path, where):
-  """What the config.json of a folder of weights says. Raises ConfigError."""
-  file = os.path.join(path, 'config.json')
-  if not os.path.isfile(file):
-    raise ConfigError(f'config.{where}={path}: no config.json there; name a folder that has one')
-  try:
-    with open(file, encoding='utf-8') as opened:
-      said = json.load(opened)
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f'{file} is no JSON ({error}): get it again') from error
-  if not isinstance(said, dict):
-    raise ConfigError(f'{file} is no JSON object: get it again')
-  return said

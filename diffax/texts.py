@@ -5,17 +5,26 @@ A function `(source, ...) -> Text` gives what a task asks for:
   none      no text
   learned   a byte-level BPE of the data's own captions, and a small transformer that is trained
             along with the network: nothing to download
+  clip      the encoders of a released model's folder, one or two, frozen
 
 The null condition is data, the empty prompt, and a negative prompt is another.
 """
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from diffax.build import build, ConfigError
+from diffax.convert import tensors
+from diffax.convert import text as stored
 from diffax.data import tokenizers
+from diffax.models import attention as attentions
 from diffax.models import text as texts
+from diffax.tasks import Frozen
 
 
 class Text(NamedTuple):
@@ -62,6 +71,7 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
       tokenizer = tokenizers.from_json(file.read())
   else:
     tokenizer = tokenizers.bpe(source.captions, vocab, length)
+  length = tokenizer.length
   model = texts.clip_text(
     vocab=tokenizer.vocab, length=length, width=width, depth=depth, heads=heads, hidden=4 * width,
     activation='gelu', causal=False, end=tokenizer.end,
@@ -79,16 +89,89 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
     return tokenizer.encode([prompt])[2][0]
 
   return Text(
-    Tokenize(tokenizer), encode, init, channels=width, pooled=width, cut=cut,
+    Tokenize((('tokens', tokenizer),)), encode, init, channels=width, pooled=width, cut=cut,
     record={'tokenizer.json': tokenizer.to_json()},
   )
 
 
-class Tokenize(NamedTuple):
-  """A tokenizer as a function of prompts, which pickles."""
+def clip(source, path: str, zeros=False, dtype='float32') -> Text:
+  """CLIP's text encoders of a folder in diffusers' layout, frozen: Stable Diffusion's.
+
+  Those of tokenizer/ and text_encoder/, and of tokenizer_2/ and text_encoder_2/ where they are.
+  With the second, as in SDXL (Podell et al. 2023, sec. 2.1), 'text' is of both side by side, the
+  last states but one, and 'pooled' of the second. zeros: whether the null condition, which is the
+  empty prompt, is zeros in place of what is said of it, as SDXL was trained. dtype: of matrix
+  products. Raises ConfigError for a folder that holds none.
+  """
+  del source
+  there = [n for n in ('', '_2') if os.path.isdir(os.path.join(path, f'text_encoder{n}'))]
+  if not there:
+    raise ConfigError(
+      f'config.text.path={path}: no text_encoder/ there; name the folder of a released model'
+    )
+  named = {f'text{n}': _clip(path, n, '_2' in there, dtype) for n in there}
+
+  def encode(groups, tokens):
+    with attentions.using('auto'):  # few tokens, in causal order: not what a program is forced for
+      said = [
+        named[f'text{n}'].model.apply({'params': groups[f'text{n}']}, tokens[f'tokens{n}'])
+        for n in there
+      ]
+    out = {'text': jnp.concatenate([one['text'] for one in said], axis=-1)}
+    out |= {'pooled': said[-1]['pooled']}
+    full = lambda x: jnp.reshape(~tokens['tokens_empty'], (-1, *[1] * (x.ndim - 1)))
+    return jax.tree.map(lambda x: jnp.where(full(x), x, 0), out) if zeros else out
+
+  last = named[f'text{there[-1]}'].model
+  return Text(
+    Tokenize(tuple((f'tokens{n}', named[f'text{n}'].tokenizer) for n in there)), encode,
+    frozen={name: each.frozen for name, each in named.items()},
+    channels=sum(each.model.width for each in named.values()),
+    pooled=last.projection or last.width,
+    cut=lambda prompt: next(iter(named.values())).tokenizer.encode([prompt])[2][0],
+  )
+
+
+class Encoder(NamedTuple):
+  """One text encoder of a folder."""
 
   tokenizer: tokenizers.Tokenizer
+  model: Any
+  frozen: Frozen
+
+
+def _clip(path, number, several, dtype):
+  """The `Encoder` of tokenizer{number}/ and text_encoder{number}/ in `path`."""
+  folder = os.path.join(path, f'text_encoder{number}')
+  said = tensors.config_json(folder)
+  try:
+    spec = stored.from_config(said) | {'dtype': dtype}
+    spec |= {'skip': 1, 'norm': False} if several else {}
+    model = build('diffax.models', spec, path='text')
+    tokenizer = tokenizers.clip(os.path.join(path, f'tokenizer{number}'))
+  except ValueError as error:
+    raise ConfigError(f'config.text.path={path}: {error}') from error
+  files = tensors.find(folder)
+  place = stored.stored(model, stored.prefix_of(files.of))
+
+  def like():
+    tokens = jnp.zeros((1, model.length), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+
+  return Encoder(
+    tokenizer, model, Frozen(like, lambda like: tensors.load(files, like, place, stored.IGNORED)))
+
+
+class Tokenize(NamedTuple):
+  """Tokenizers as a function of prompts, which pickles.
+
+  of: ((name, tokenizer), ...). Gives NAME and NAME_mask [b n], and `tokens_empty` bool [b].
+  """
+
+  of: tuple
 
   def __call__(self, prompts):
-    tokens, mask, _ = self.tokenizer.encode(list(prompts))
-    return {'tokens': tokens, 'tokens_mask': mask}
+    found = {'tokens_empty': np.asarray([prompt == '' for prompt in prompts])}
+    for name, tokenizer in self.of:
+      found[name], found[f'{name}_mask'], _ = tokenizer.encode(list(prompts))
+    return found

@@ -20,6 +20,7 @@ from diffax.build import ConfigError
 
 PICKLES = ('.pth', '.pt', '.bin', '.ckpt', '.pkl', '.pickle', '.msgpack')
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+LARGEST_JSON = 2**26  # bytes of a file; an index of tensors has some hundred thousand
 SHARD = 5 * 10**9  # bytes of a file, beyond which another is begun
 
 
@@ -125,10 +126,9 @@ def _in_folder(folder, stem):
 
 def _of_index(folder, index):
   try:
-    with open(os.path.join(folder, index), encoding='utf-8') as file:
-      names = sorted(set(json.load(file)['weight_map'].values()))
+    names = sorted(set(json_object(os.path.join(folder, index))['weight_map'].values()))
     inside = [n for n in names if os.path.basename(n) == n and n.endswith('.safetensors')]
-  except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+  except (KeyError, AttributeError, TypeError) as error:
     raise ConfigError(f'{folder}/{index} is no index of weights ({error}): get it again') from error
   outside = sorted(set(names) - set(inside))
   if outside:
@@ -151,6 +151,27 @@ def _header(path):
     raise ConfigError(
       f'{path} is no whole safetensors file ({" ".join(str(error).split())}): get it again'
     ) from error
+
+
+def config_json(folder):
+  """What the config.json of a folder of weights says. Raises ConfigError."""
+  return json_object(os.path.join(os.fspath(folder), 'config.json'))
+
+
+def json_object(file):
+  """What a JSON file holds, a dict. Raises ConfigError."""
+  if not os.path.isfile(file):
+    raise ConfigError(f'{file}: there is no such file; name a folder of released weights')
+  if os.path.getsize(file) > LARGEST_JSON:
+    raise ConfigError(f'{file} is larger than {LARGEST_JSON} bytes, so no config: do not trust it')
+  try:
+    with open(file, encoding='utf-8') as opened:
+      said = json.load(opened)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f'{file} is no JSON ({error}): get it again') from error
+  if not isinstance(said, dict):
+    raise ConfigError(f'{file} is no JSON object: get it again')
+  return said
 
 
 # --- reading --------------------------------------------------------------------------------------
