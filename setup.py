@@ -31,9 +31,11 @@ setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11.30',
         'pillow>=11.0',
+        'safetensors>=0.5',
         'scikit-learn>=1.5',
         'tensorboardX>=2.6.2',
         'tensorflow-datasets>=4.9.9',  # without TensorFlow: data_source reads array_record files
+        'tokenizers>=0.21',
         'tqdm>=4.66',
     ],
     extras_require={
@@ -42,9 +44,7 @@ setup(
         'gcs': ['gcsfs', 'google-cloud-storage'],  # gs:// workdirs and their TensorBoard events
         'diffrax': ['diffrax>=0.6'],  # solvers.sample_diffrax
         'test': ['diffrax>=0.6', 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
-                 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'safetensors>=0.5',
-                 'tensorboard>=2.18'],
-        'weights': ['safetensors>=0.5'],  # inception and dinov2 of diffax.features
+                 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'tensorboard>=2.18'],
         'benchmark': ['torch>=2.4'],
         'tokamax': ['tokamax>=0.0.12'],  # attention='tokamax', on GPUs and TPUs
     },
