@@ -36,7 +36,7 @@ ACTIVATIONS = (
   ('width', None),
 )
 RULES = (  # of what a `columns` makes, its `rows` makes one sum again
-  (r'(^|/)(query|key|value|mlp_in|conv_in)/kernel$', 'columns'),
+  (r'(^|/)(query|key|value|mlp_in|mlp_gate|conv_in)/kernel$', 'columns'),
   (r'(^|/)(out|mlp_out|conv_out)/kernel$', 'rows'),
   (r'.*', 'fsdp'),
 )

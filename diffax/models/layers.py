@@ -51,6 +51,26 @@ def check_split(size, name):
       )
 
 
+def check_cond(cond, batch, declared, optional=()):
+  """Raises ValueError where a model's cond is not what its options declare.
+
+  declared: {name in cond: (option, its value, shape behind the batch's axis)}; an option of value 0
+  declares nothing, and None in a shape is any size. optional: names that may be left out.
+  """
+  if set(cond) - set(declared):
+    raise ValueError(f'cond has {sorted(cond)}; this model takes {", ".join(declared)}')
+  for name, (option, said, shape) in declared.items():
+    if name not in cond:
+      if said and name not in optional:
+        raise ValueError(f'model.{option}={said} needs cond[{name!r}], and cond has {sorted(cond)}')
+      continue
+    if not said:
+      raise ValueError(f'cond[{name!r}] is given, but model.{option}={said}: say it there')
+    found, want = jnp.shape(cond[name]), (batch, *shape)
+    if len(found) != len(want) or any(w not in (None, f) for w, f in zip(want, found)):
+      raise ValueError(f'cond[{name!r}] is {found}; with model.{option}={said} it must be {want}')
+
+
 def platform():
   """'cpu', 'gpu' or 'tpu': of the mesh in force, which need not be of this machine's devices; of
   the default device where there is none, as in a notebook.

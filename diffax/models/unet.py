@@ -461,26 +461,13 @@ def check(design, shape, cond):
   there = sides(design, shape)
   if set(design.attention) - set(there):
     raise ValueError(f'model.attention={design.attention}, but the sides of levels are {there}')
-  declared = {
-    'label': (design.classes, ()),
-    'text': (design.text, (None, design.text)),
-    'text_mask': (design.text, (None,)),
-    'image': (design.image, (*space, design.image)),
-    'mask': (design.mask, (*space, 1)),
-  }
-  if set(cond) - set(declared):
-    raise ValueError(f'cond has {sorted(cond)}; a U-Net takes {", ".join(declared)}')
-  for name, (said, want) in declared.items():
-    option = {'label': 'classes', 'text_mask': 'text'}.get(name, name)
-    if name not in cond:
-      if said and name != 'text_mask':
-        raise ValueError(f'model.{option}={said} needs cond[{name!r}], and cond has {sorted(cond)}')
-      continue
-    if not said:
-      raise ValueError(f'cond[{name!r}] is given, but model.{option}={said}: say it there')
-    found, want = jnp.shape(cond[name]), (shape[0], *want)
-    if len(found) != len(want) or any(w not in (None, f) for w, f in zip(want, found)):
-      raise ValueError(f'cond[{name!r}] is {found}; with model.{option}={said} it must be {want}')
+  layers.check_cond(cond, shape[0], {
+    'label': ('classes', design.classes, ()),
+    'text': ('text', design.text, (None, design.text)),
+    'text_mask': ('text', design.text, (None,)),
+    'image': ('image', design.image, (*space, design.image)),
+    'mask': ('mask', design.mask, (*space, 1)),
+  }, optional=('text_mask',))
 
 
 def encode(design, x, told, given):
