@@ -69,7 +69,7 @@ RATE = PHASE + r'learning_rate'
 SLOTS = (
   Slot(
     r'data', 'diffax.data.sources', ('Source',),
-    extra=dict(size=0, flip=False, workers=0, on_error='raise'),
+    extra=dict(size=0, flip=False, workers=0, on_error='raise', buckets=()),
   ),
   Slot(r'task', 'diffax.tasks', ('Task',), ('config', 'source')),
   Slot(r'schedule(\.of)*', 'diffax.schedules', ('Schedule', 'Learned')),

@@ -25,7 +25,8 @@ from diffax.data import pipeline
 ROWS = 100_000  # images of which single features are kept; moments are of all
 CHUNK = 1000  # images read at once
 FIELDS = ('pool', 'spatial', 'logits', 'label')  # of a `metrics.Set`, a row an image
-OUTSIDE = ('size', 'flip', 'workers', 'on_error')  # what a config's `data` says beside the source
+# What a config's `data` says beside the source.
+OUTSIDE = ('size', 'flip', 'workers', 'on_error', 'buckets')
 PLACE = ('data_dir', 'path', 'split')  # where the source lies, and what is said by itself
 
 
@@ -43,7 +44,7 @@ def other(run, split, path):
 def images(source, index, size):
   """(images [n h w c], labels int32 [n]) of the records `index`, scaled to a `size` that is not 0.
   """
-  _, pictures, labels = zip(*pipeline.read(source, size or None, 'raise', index.tolist()))
+  _, pictures, labels, _ = zip(*pipeline.read(source, size or None, 'raise', index.tolist()))
   return np.stack(pictures), np.asarray(labels, np.int32)
 
 

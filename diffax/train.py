@@ -74,7 +74,8 @@ def setup(config, devices=None):
   devices: of the mesh, None for all; they may be of a topology that is compiled for and not there.
   """
   source = build(
-    'diffax.data.sources', config['data'], path='data', skip=('size', 'flip', 'workers', 'on_error')
+    'diffax.data.sources', config['data'], path='data',
+    skip=('size', 'flip', 'workers', 'on_error', 'buckets'),
   )
   task = build('diffax.tasks', config['task'], config, source, path='task')
   tx, rate = optim.optimizers(config, [phase.name for phase in task.phases])
@@ -130,7 +131,22 @@ def setup(config, devices=None):
     ema=averages,
     opt=sharding.like(shapes.opt, shapes.params, place, mesh),
   )
-  return Run(config, source, task, tx, rate, mesh, checkpoint.abstract(shapes, places))
+  run = Run(config, source, task, tx, rate, mesh, checkpoint.abstract(shapes, places))
+  if config['data']['buckets']:
+    _check_buckets(run)
+  return run
+
+
+def _check_buckets(run):
+  """Raises ConfigError for a bucket whose shape the network does not take."""
+  for shape in _shapes(run):
+    try:
+      with run.layout():
+        _flops(run, shape)
+    except ValueError as error:
+      raise ConfigError(
+        f'config.data.buckets: at {shape[1]} x {shape[2]}: {" ".join(str(error).split())}'
+      ) from error
 
 
 def _init(config, task, tx):
@@ -221,28 +237,48 @@ def _prepared(prepare, state, batch, keys):
 
 
 def compile_step(run):
-  """The donated step, compiled ahead of time for arrays laid out as `run.like`."""
-  shapes = jax.eval_shape(lambda: _batch_like(run))
-  batch = checkpoint.abstract(shapes, jax.tree.map(lambda _: sharding.batch(run.mesh), shapes))
+  """The donated step, compiled ahead of time for arrays laid out as `run.like`.
+
+  Of buckets there is a program for each, all made before the first step: one compiled in between
+  would keep all hosts waiting, which looks like a fault, and would find out late that memory does
+  not reach.
+  """
   place = jax.tree.map(lambda x: x.sharding, run.like)
   task = run.task
   step = make_step(
     task.loss, run.tx, run.rate, run.config, task.prepare, task.update, task.phases)
   with run.layout():
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
-    return jitted.lower(run.like, batch).compile()
+    programs = {}
+    for shape in _shapes(run):
+      like = _batch_like(run, shape)
+      batch = checkpoint.abstract(like, jax.tree.map(lambda _: sharding.batch(run.mesh), like))
+      programs[shape] = jitted.lower(run.like, batch).compile()
+  if len(programs) == 1:
+    return next(iter(programs.values()))
+  return lambda state, batch: programs[batch['image'].shape](state, batch)
 
 
-def _batch_like(run):
-  data, b = run.config['data'], run.config['batch_size']
-  h, w, c = (data['size'],) * 2 + (run.source.shape[-1],) if data['size'] else run.source.shape
-  tokens = run.task.tokenize([''] * b) if run.task.tokenize else {}
-  return {
-    'image': jnp.zeros((b, h, w, c)),
-    'label': jnp.zeros(b, jnp.int32),
-    'index': jnp.zeros(b, jnp.int32),
-    **tokens,
-  }
+def _shapes(run):
+  """{shape [b h w c] of a batch: what share of the batches has it}; one without buckets."""
+  data, b, c = run.config['data'], run.config['batch_size'], run.source.shape[-1]
+  if not data['buckets']:
+    return {(b, *((data['size'],) * 2 if data['size'] else run.source.shape[:2]), c): 1}
+  plan = pipeline.buckets(run.source, data['buckets'], data['on_error'])
+  share = [len(members) / len(run.source) for members in plan.members]
+  return {(b, *sides, c): each for sides, each in zip(plan.shapes, share)}
+
+
+def _batch_like(run, shape):
+  """What a batch of a shape looks like."""
+  def batch():
+    b = shape[0]
+    tokens = run.task.tokenize([''] * b) if run.task.tokenize else {}
+    size = {'size': jnp.zeros((b, 6), jnp.int32)} if run.config['data']['buckets'] else {}
+    label, index = jnp.zeros((2, b), jnp.int32)
+    return {'image': jnp.zeros(shape), 'label': label, 'index': index, **tokens, **size}
+
+  return jax.eval_shape(batch)
 
 
 def _data_options(config, task):
@@ -254,6 +290,7 @@ def _data_options(config, task):
     size=data['size'] or None,
     flip=data['flip'],
     on_error=data['on_error'],
+    shapes=data['buckets'],
   )
 
 
@@ -388,6 +425,9 @@ def train(run, workdir, warm=None, profile=None):
   size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   where = f'{run.mesh.size} devices' + (f' of {hosts.count()} hosts' if hosts.count() > 1 else '')
   log.progress.say(f'{size:.2f} M parameters on {where}, {how}')
+  if config['data']['buckets']:
+    said = [f'{h} x {w} for {share:.0%}' for (_, h, w, _), share in _shapes(run).items()]
+    log.progress.say(f'{len(said)} buckets: {", ".join(said)} of the records')
   trace = _Trace(workdir / 'profile', start, profile)
   out = _Out(log, checkpoints, averages, evals, hosts.Watch(config['watchdog']), trace)
   data, stop = batches(run, start), _Stop(run.mesh)
@@ -412,9 +452,12 @@ def train(run, workdir, warm=None, profile=None):
 
 
 def model_flops(run):
-  """FLOPs of a training step, of all its phases."""
-  batch = jax.eval_shape(lambda: _batch_like(run))
+  """FLOPs of a training step, of all its phases; of buckets the mean."""
+  return sum(share * _flops(run, shape) for shape, share in _shapes(run).items())
 
+
+def _flops(run, shape):
+  batch = _batch_like(run, shape)
   keys = jax.eval_shape(lambda: example_keys(0, 0, run.config['batch_size']))
   parts = enumerate(updates.of(run.task.loss, run.task.phases))
   return sum(updates.flops_of(i, phase, run.like, batch, keys) for i, phase in parts)

@@ -12,18 +12,24 @@ restarting at a step changes nothing else. A batch is
   label  int32 [b]
   index  int32 [b], the record's number in the source; `source.name_of` names it
 
-and what `tokenize` makes of the captions, where there is one
+and what `tokenize` makes of the captions, where there is one. Images of several sizes may be
+trained at several shapes, `buckets`, a shape a batch, see `turn`; the batch then has
+
+  size   int32 [b 6], height and width of the record, top and left of what was cut out of it once it
+         was scaled, height and width of that (Podell et al. 2023, "SDXL", sec. 2.2)
 
 grain supplies random access, threads and processes, over whole batches. The order is our own:
 grain (0.2.18) shuffles record by record, at 25 microseconds each, and its four-round cipher leaves
 neighbours correlated (0.09 over 60000 records), which would show in a folder sorted by class.
 """
 
+import bisect
 import collections
 import functools
 import hashlib
 import operator
 import sys
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -33,7 +39,7 @@ from diffax.data import transforms
 TRIES = 100  # records in a row that may be broken before `on_error='skip'` gives up
 
 
-def order(length, seed, p):
+def order(length, seed, p, name='order'):
   """Which record is example p of the run: every `length` examples meet each record once.
 
   Args:
@@ -41,6 +47,7 @@ def order(length, seed, p):
       records take about 0.2 s to shuffle.
     seed: any integer.
     p: int [b], places in the endless order.
+    name: of the order; those of different names are unrelated.
 
   Returns:
     int64 [b] in 0 .. length - 1.
@@ -49,19 +56,102 @@ def order(length, seed, p):
   records = np.empty_like(places)
   for epoch in np.unique(epochs):
     here = epochs == epoch
-    records[here] = _permutation(length, seed, int(epoch))[places[here]]
+    permutation = _permutation if name == 'order' else _of_bucket
+    records[here] = permutation(length, seed, int(epoch), name)[places[here]]
   return records
 
 
-@functools.lru_cache(maxsize=4)  # a batch may cross epochs, and evaluations read too
-def _permutation(length, seed, epoch):
+def _shuffled(length, seed, epoch, name):
   # sorted raw bits: numpy promises these for all versions, but not those of Generator.permutation
-  bits = np.random.Philox(key=_seed_of(seed, f'order {epoch}')).random_raw(length)
+  bits = np.random.Philox(key=_seed_of(seed, f'{name} {epoch}')).random_raw(length)
   return np.argsort(bits, kind='stable')
 
 
+# A batch may cross epochs, and evaluations read too; of buckets each has its own.
+_permutation = functools.lru_cache(maxsize=4)(_shuffled)
+_of_bucket = functools.lru_cache(maxsize=128)(_shuffled)
+
+
+# --- buckets --------------------------------------------------------------------------------------
+
+
+class Buckets(NamedTuple):
+  """shapes: ((h, w), ...). members: of each the records, int [n], rising; none is empty."""
+
+  shapes: tuple
+  members: tuple
+
+
+def buckets(source, shapes, on_error='raise'):
+  """The `Buckets` of a source: each record is in that of the nearest logarithm of the aspect ratio.
+
+  Looks at the header of each image file, once. The way of NovelAI's "aspect ratio bucketing" and of
+  Podell et al. 2023, app. I. Buckets without a record are left out. on_error: 'skip' lets images
+  without a readable header pass, for the readers to skip. Raises ValueError where shapes are no
+  pairs of sides, two have one ratio, or the sizes of the images cannot be known.
+  """
+  if any(not isinstance(shape, (tuple, list)) or len(shape) != 2 for shape in shapes):
+    raise ValueError(f'buckets={shapes} are no pairs (height, width), as ((64, 64), (80, 48))')
+  for side in (side for shape in shapes for side in shape):
+    _check_integers(**{'a side of buckets': (side, 1)})
+  ratio = np.log([h / w for h, w in shapes])
+  if len(set(ratio.tolist())) < len(shapes):
+    raise ValueError(f'buckets={shapes}: two have one ratio of sides, and one would stay empty')
+  sizes = _sizes(source)
+  broken = np.flatnonzero(sizes.min(axis=1) < 1)
+  if len(broken) and on_error == 'raise':
+    raise ValueError(f'{source.name_of(int(broken[0]))} is no readable image: mend or remove it, '
+                     'or pass over broken records with --config.data.on_error=skip')
+  h, w = np.maximum(sizes, 1).T
+  rising = np.argsort(ratio)
+  between = (ratio[rising][1:] + ratio[rising][:-1]) / 2
+  nearest = rising[np.searchsorted(between, np.log(h / w))]
+  held = [j for j in range(len(shapes)) if (nearest == j).any()]
+  return Buckets(tuple(tuple(shapes[j]) for j in held),
+                 tuple(np.flatnonzero(nearest == j) for j in held))
+
+
+def _sizes(source):
+  """int [n 2], height and width of each record; 0 where it cannot be read."""
+  if None not in source.shape:
+    return np.tile(source.shape[:2], (len(source), 1))
+  if getattr(source, 'sizes', None) is None:
+    raise ValueError('buckets: the sizes of the images of this source are not known before they '
+                     'are read: take image files (folder, captioned), or give size alone')
+  return np.asarray(source.sizes())
+
+
+def turn(counts, batch_size, seed, k):
+  """(bucket, number): step k has batch `number`, from 0, of that bucket's own endless order.
+
+  counts: how many records each bucket has. Of n records in batches of B a bucket has had
+  floor(e n / B) batches by the end of e epochs: what fills no batch is carried to the next epoch,
+  nothing is dropped, and after B epochs each record was seen B times. An epoch's batches are in
+  shuffled order. A bucket of fewer than B records has its turn in some epochs only, and then
+  records more than once in a batch.
+  """
+  done = lambda epoch: [epoch * n // batch_size for n in counts]
+  last = (k + len(counts)) * batch_size // sum(counts) + 1  # the sum of done is within a batch each
+  epoch = bisect.bisect_right(range(last + 1), k, key=lambda e: sum(done(e))) - 1
+  before, after = done(epoch), done(epoch + 1)
+  place = k - sum(before)
+  turns = _turns(tuple(b - a for a, b in zip(before, after)), seed, epoch)
+  bucket = int(turns[place])
+  return bucket, before[bucket] + int((turns[:place] == bucket).sum())
+
+
+@functools.lru_cache(maxsize=4)
+def _turns(counts, seed, epoch):
+  """The bucket of each batch of an epoch, which has `counts` of each."""
+  turns = np.repeat(np.arange(len(counts)), counts)
+  return turns[_shuffled(len(turns), seed, epoch, 'turns')]
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
 def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', rows=None,
-          tokenize=None):
+          tokenize=None, shapes=()):
   """Every step's batch by random access: `steps(...)[k]` is what is wanted of step k.
 
   Args:
@@ -74,6 +164,8 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
     rows: int [b], which of a step's examples 0 .. batch_size - 1 are made, all where None; a host
       makes those that its devices hold, see `diffax.sharding.rows`.
     tokenize: [str, ...] -> {name: [b ...]} of the records' captions; pickles.
+    shapes: ((h, w), ...) of `buckets`, to one of which each batch is scaled and cropped, in place
+      of `size`; () for none.
 
   Returns:
     A grain MapDataset of batches.
@@ -91,16 +183,22 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
     raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
   if size is not None:
     _check_integers(size=(size, 1))
+  if size is not None or shapes:
     if source.dtype != np.uint8:
-      raise ValueError(f'size={size} scales pictures; records of {source.dtype} are taken as they '
-                       'are: leave out config.data.size, and store them at the size to train at')
+      said = f'buckets={shapes}' if shapes else f'size={size}'
+      raise ValueError(f'{said} scales pictures; records of {source.dtype} are taken as they are: '
+                       f'leave out config.data.{said.split("=")[0]}, and store them at the size to '
+                       'train at')
   elif None in source.shape:
     raise ValueError('the images of this source have no one size: '
                      'give size (--config.data.size=64)')
   if not len(source):
     raise ValueError('the source has no records')
-  reader = functools.partial(read, source, size, on_error)
-  fetch = functools.partial(_fetch, reader, source, batch_size, rows, seed, flip, tokenize)
+  pick = functools.partial(_pick, len(source), size)
+  if shapes:
+    pick = functools.partial(_pick_of_bucket, buckets(source, shapes, on_error))
+  pick = functools.partial(pick, batch_size, seed, rows)
+  fetch = functools.partial(_fetch, pick, source, on_error, batch_size, rows, seed, flip, tokenize)
   return grain.MapDataset.range(sys.maxsize).map(fetch)
 
 
@@ -161,23 +259,40 @@ def prefetch(iterator, place, size=2):
     getattr(iterator, 'close', lambda: None)()
 
 
-def _fetch(read, source, batch_size, rows, seed, flip, tokenize, k):
+def _pick(length, size, batch_size, seed, rows, k):
+  """(records int [b], size) of the given rows of step k."""
+  return order(length, seed, k * batch_size + rows), size
+
+
+def _pick_of_bucket(plan, batch_size, seed, rows, k):
+  """The same of the bucket whose turn it is, with its shape."""
+  counts = [len(members) for members in plan.members]
+  j, number = turn(counts, batch_size, seed, k)
+  p = number * batch_size + rows
+  return plan.members[j][order(counts[j], seed, p, f'bucket {plan.shapes[j]}')], plan.shapes[j]
+
+
+def _fetch(pick, source, on_error, batch_size, rows, seed, flip, tokenize, k):
   """The given rows [b] of the batch of step k."""
   p = k * batch_size + rows
-  index, images, labels = zip(*read(order(len(source), seed, p).tolist()))
+  records, size = pick(k)
+  index, images, labels, cuts = zip(*read(source, size, on_error, records.tolist()))
   images = np.stack(images)  # [b h w c]
   if flip:
     images = transforms.flip(images, _uniform(seed, 'flip', p))
   if source.dtype == np.uint8:
     images = transforms.to_float(images)
   batch = dict(image=images, label=np.asarray(labels, np.int32), index=np.asarray(index, np.int32))
+  if isinstance(size, tuple):
+    batch['size'] = np.asarray(cuts, np.int32)
   return batch | tokenize([source.captions[i] for i in index]) if tokenize else batch
 
 
 def read(source, size, on_error, records):
-  """[(index, image, label), ...] of records, at `size` if it is not None; see `steps`.
+  """[(index, image, label, cut), ...] of records, at `size` if it is not None; see `steps`.
 
-  A broken one is an error or another record is taken in its place, as `on_error` says.
+  size: a side, or (height, width). cut: the six numbers of `size` in a batch. A broken one is an
+  error or another record is taken in its place, as `on_error` says.
   """
   try:  # at once where the source can
     found = source.__getitems__(records)
@@ -187,7 +302,7 @@ def read(source, size, on_error, records):
 
 
 def _read_one(source, size, on_error, record):
-  """(index, image, label) of a record, or of the next good one where that is asked for."""
+  """(index, image, label, cut) of a record, or of the next good one where that is asked for."""
   tries = min(TRIES, len(source)) if on_error == 'skip' else 1
   for i in range(record, record + tries):
     i %= len(source)
@@ -203,17 +318,18 @@ def _read_one(source, size, on_error, record):
 
 
 def _image_and_label(source, record, size):
-  image = record['image']
+  """(image, label, cut) of a record; see `read`."""
+  image, top, left = record['image'], 0, 0
+  expected, (h, w, _) = tuple(source.shape), image.shape
   if size is not None:
-    image = transforms.resize(image, size)
-    expected = (size, size, source.shape[2])
-  else:
-    expected = tuple(source.shape)
+    sides = size if isinstance(size, tuple) else (size, size)
+    image, top, left = transforms.cover(image, *sides)
+    expected = (*sides, source.shape[2])
   if image.shape != expected:  # np.stack would complain without saying which
     raise ValueError(f'shape {image.shape} where {expected} is expected')
   if image.dtype != source.dtype:  # it decides whether they are scaled
     raise ValueError(f'dtype {image.dtype} where the source says {source.dtype}')
-  return image, record['label']
+  return image, record['label'], (h, w, top, left, *image.shape[:2])
 
 
 def _uniform(seed, name, p):

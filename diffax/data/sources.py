@@ -10,6 +10,8 @@
   source.shape        (h, w, c); h and w are None where the images have no one size
   source.classes      number of classes, 0 where there are none (label is then 0)
   source.name_of(i)   what an error calls record i
+  source.sizes()      int [n 2], height and width of each image, 0 where it cannot be read; None, or
+                      not there, where they are not known before the images are read
   source.captions     a caption of each record, [str, ...]; None, or not there, where there are none
 
 and, where many records are read faster at once, `source.__getitems__([i, ...])`, a list of them.
@@ -50,6 +52,7 @@ class Source:
   dtype: np.dtype = np.dtype(np.uint8)
   read_many: Callable | None = None
   captions: tuple | None = None
+  sizes: Callable | None = None
 
   def __len__(self):
     return self.length
@@ -225,7 +228,25 @@ def folder(path, split='train', channels=3) -> Source:
                      f'files must end in {", ".join(SUFFIXES)}')
   return Source(
     read=functools.partial(_read_file, files, labels, channels), name_of=files.__getitem__,
-    length=len(files), shape=(None, None, channels), classes=len(names))
+    length=len(files), shape=(None, None, channels), classes=len(names),
+    sizes=functools.partial(_file_sizes, tuple(files)))
+
+
+@functools.lru_cache(maxsize=4)
+def _file_sizes(files):
+  """Height and width of image files by their headers, int [n 2]; 0 for those that are broken."""
+  from concurrent import futures
+  with futures.ThreadPoolExecutor(16) as pool:
+    return np.asarray(list(pool.map(_file_size, files)), np.int64)
+
+
+def _file_size(name):
+  from PIL import Image
+  try:
+    with epath.Path(name).open('rb') as file, Image.open(file) as image:
+      return image.height, image.width
+  except Exception:  # of many kinds
+    return 0, 0
 
 
 def _list_images(path):
@@ -371,7 +392,8 @@ def captioned(path, split='train', channels=3) -> Source:
     names = [str(root / line['file']) for line in lines]
     return Source(
       read=functools.partial(_read_file, names, (), channels), name_of=names.__getitem__,
-      length=len(names), shape=(None, None, channels), classes=0, captions=captions)
+      length=len(names), shape=(None, None, channels), classes=0, captions=captions,
+      sizes=functools.partial(_file_sizes, tuple(names)))
   if any(files):
     raise ValueError(f'{root / CAPTIONS}: some lines say `file` and some `index`: say one in all')
   held, name = _packed(root)

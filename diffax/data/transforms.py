@@ -4,17 +4,23 @@ import numpy as np
 
 
 def resize(image, size):
-  """Scales the shorter side to `size` and cuts the centre square, as the ADM data loader does.
+  """Scales the shorter side to `size` and cuts the centre square: uint8 [size size c]; `cover`."""
+  return cover(image, size, size)[0]
 
-  Halving by box filter while that leaves `size` pixels, then bicubic: bicubic alone would
-  alias on large reductions, and FID is sensitive to which filter was used.
+
+def cover(image, height, width):
+  """Scales an image until it just covers height by width, and cuts those out of the centre.
+
+  As the ADM data loader does for squares. Halving by box filter while that leaves as many pixels,
+  then bicubic: bicubic alone would alias on large reductions, and FID is sensitive to which filter
+  was used.
 
   Args:
     image: uint8 [h w c], c of 1 or 3.
-    size: side of the result in pixels.
+    height, width: of the result in pixels.
 
   Returns:
-    uint8 [size size c].
+    (uint8 [height width c], top, left), in pixels of the scaled image.
 
   Raises:
     ValueError: the image is not uint8.
@@ -24,18 +30,18 @@ def resize(image, size):
   if image.dtype != np.uint8:  # a grey float would pass, as PIL's mode F
     raise ValueError(f'resize takes uint8 images, not {image.dtype}')
   h, w, c = image.shape
-  if (h, w) == (size, size):
-    return image
+  if (h, w) == (height, width):
+    return image, 0, 0
   from PIL import Image
   picture = Image.fromarray(image[:, :, 0] if c == 1 else image)
-  while min(picture.size) >= 2 * size:
+  while picture.width >= 2 * width and picture.height >= 2 * height:
     picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-  scale = size / min(picture.size)
+  scale = max(width / picture.width, height / picture.height)
   new = [round(side * scale) for side in picture.size]
   picture = picture.resize(new, Image.Resampling.BICUBIC)
-  left, top = [(side - size) // 2 for side in new]
-  pixels = np.array(picture)[top:top + size, left:left + size]
-  return pixels[:, :, None] if c == 1 else pixels
+  left, top = (new[0] - width) // 2, (new[1] - height) // 2
+  pixels = np.array(picture)[top:top + height, left:left + width]
+  return (pixels[:, :, None] if c == 1 else pixels), top, left
 
 
 def flip(images, u):

@@ -152,6 +152,8 @@ def _space(config, source):
     )
   latent = build('diffax.latents', config['latent'], source, path='latent')
   if source.dtype == np.uint8:
+    for sides in config['data']['buckets']:
+      latent.shape((*sides, shape[-1]))  # raises where they do not divide into latents
     encode = lambda groups, x, keys: latent.draw(latent.moments(groups, x), keys)
     return Space(latent.shape(shape), shape, latent, encode)
   pixels = *(side * latent.factor for side in shape[:-1]), 3
