@@ -98,7 +98,8 @@ def training(conditions, groups, batch, keys, drop):
   groups: {name: parameters} that a text encoder may find its own in. keys: [b], for what is given.
   """
   cond, text, given = {}, conditions.text, conditions.given
-  cond |= {k: batch[k] for k in ('size',) if k in batch}
+  h, w = batch['image'].shape[1:3]
+  cond['size'] = batch.get('size', jnp.broadcast_to(_size(h, w), (len(drop), 6)))
   if conditions.classes:
     cond['label'] = jnp.where(drop, conditions.classes, batch['label'])
   if text.encode:
@@ -111,6 +112,11 @@ def training(conditions, groups, batch, keys, drop):
     hidden = jax.vmap(lambda key: jax.random.bernoulli(key, given.drop))(hide)
     cond |= shown | {'image': jnp.where(_wide(hidden, shown['image']), 0, shown['image'])}
   return _taken(conditions, cond)
+
+
+def _size(h, w):
+  """The six numbers of a picture neither scaled nor cut; Podell et al. 2023, "SDXL", sec. 2.2."""
+  return jnp.asarray([h, w, 0, 0, h, w], jnp.int32)
 
 
 def _shown(conditions, groups, shown, keys):
@@ -192,7 +198,7 @@ def sampling(conditions, groups, asked, keys, size):
       part = jax.tree.map(lambda x, i=i: x[i * b : (i + 1) * b], encoded)
       name = name.partition('_')[2] or 'cond'
       found[name] = found.get(name, {}) | part
-  shared = {'size': jnp.broadcast_to(jnp.asarray([*size, 0, 0, *size], jnp.float32), (b, 6))}
+  shared = {'size': jnp.broadcast_to(_size(*size), (b, 6))}
   if conditions.given.show and all(k in asked for k in conditions.given.needs):
     shared |= _shown(conditions, groups, conditions.given.show(asked, keys), keys)
   return {name: _taken(conditions, cond | shared) for name, cond in found.items()}

@@ -4,6 +4,7 @@
   python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
   python -m diffax.main --workdir runs/digits --mode sample --config.sample.count=100
   python -m diffax.main --workdir runs/emoji --mode sample --prompt "red heart" --negative "face"
+  python -m diffax.main --weights DIR --workdir out --mode sample --prompt "an astronaut on a horse"
   python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
   python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
@@ -59,6 +60,9 @@ def define_flags():
   flags.DEFINE_integer(
     'profile.steps', 0, 'train: how many to trace, 0 for none', lower_bound=0, flag_values=values
   )
+  flags.DEFINE_string(
+    'weights', '', "sample: a released model's folder in diffusers' layout", flag_values=values
+  )
   flags.DEFINE_multi_string(
     'prompt', [], 'sample: what to draw; give it again for more', flag_values=values
   )
@@ -102,6 +106,15 @@ def resolve(values, overrides, workdir):
   """The complete config: the file's, or without one the workdir's, with the overrides."""
   there = workdir / 'config.json'
   old = configs.read(there) if there.exists() else None
+  if values.weights:
+    if values.config or old or values.mode != 'sample':
+      raise ConfigError(
+        f'--weights={values.weights} brings a config of its own, for --mode sample into a new '
+        f'--workdir: leave out --config, and name a workdir that holds no run'
+      )
+    from diffax.convert import pipelines
+
+    return configs.override(pipelines.config(values.weights, jax.device_count()), overrides)
   if values.config:
     config = configs.override(configs.load(values.config), overrides)
   elif old:
@@ -240,7 +253,7 @@ def _run(argv):
   hosts.start()
   _cache_programs()
   workdir = epath.Path(values.workdir)
-  if values.mode not in ('train', 'reference') and not workdir.exists():
+  if not values.weights and values.mode not in ('train', 'reference') and not workdir.exists():
     raise ConfigError(
       f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
     )
@@ -252,7 +265,10 @@ def _run(argv):
   elif values.mode == 'sample':
     from diffax import sample
 
-    for path in sample.sample(_setup(config, workdir), workdir, values.step):
+    if values.weights:
+      _writable(workdir)
+    run = _setup(config, workdir)
+    for path in sample.sample(run, workdir, values.step, values.weights):
       hosts.say(path)
   elif values.mode in ('evaluate', 'reference'):
     from diffax import evaluate

@@ -13,6 +13,7 @@ from diffax import images
 from diffax import samplers
 from diffax import sharding
 from diffax.build import ConfigError, near
+from diffax.convert import pipelines
 from diffax.data import transforms
 
 
@@ -133,17 +134,27 @@ def _like(like, name):
   return choose(like, name)
 
 
-def sample(run, workdir, step):
+def released(run, weights):
+  """The state to sample from of a released model's folder (`convert.pipelines`)."""
+  net = pipelines.net(weights, run.config['model'], run.like.params['net'])
+  return run.like.replace(params={'net': net}, frozen=frozen(run))
+
+
+def sample(run, workdir, step, weights=''):
   """Writes samples.npz (`arr_0` NHWC, `arr_1` labels) and a grid of the first hundred; of prompts,
   a picture each into samples/, and samples.jsonl that says which is of which.
 
-  step: of which checkpoint; 0 for the newest. Returns the paths written. Raises ConfigError.
+  step: of which checkpoint; 0 for the newest. weights: in place of one, a released model's folder.
+  Returns the paths written. Raises ConfigError.
   """
   settings = run.config['sample']
   if settings['count'] < 1:
     raise ConfigError(f'config.sample.count={settings["count"]} is less than 1')
   draw = drawer(run, settings, 'sample')
-  _, state = restore(run, workdir, step, [settings['ema']])
+  if weights:
+    state = released(run, weights)
+  else:
+    _, state = restore(run, workdir, step, [settings['ema']])
   pictures, asked = draw(state, settings['count'])
   said = run.task.sample(settings, 'sample').said(np.arange(len(pictures)))
   written = [workdir / 'samples.npz', workdir / 'samples.png']
