@@ -16,7 +16,7 @@ LAYERS = {
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
-                'images', 'convert'),
+                'images', 'tiles', 'convert'),
   'tasks': ('tasks',),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'evals'),
   'doors': ('main',),
