@@ -1,10 +1,10 @@
 """From pictures to latents and back: the space a network denoises in, named in `config.latent`.
 
-  z = (encode(picture) - shift) / scale,   picture = decode(z scale + shift)
+  z = (encode(picture) - shift) scale,   picture = decode(z / scale + shift)
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". Shift and scale
-bring latents to about mean 0 and deviation 1, as schedules expect, and stand here alone: every
-other module sees z. A function `(source, ...) -> Latent`:
+bring latents to about mean 0 and deviation 1, as schedules expect; they are the autoencoder's own
+and are used here alone: every other module sees z. A function `(source, ...) -> Latent`:
 
   none         the pictures themselves
   autoencoder  a KL or VQ autoencoder of a folder of weights, frozen
@@ -19,7 +19,9 @@ import numpy as np
 
 from diffax import noises
 from diffax.build import build, ConfigError
+from diffax.convert import autoencoder as stored
 from diffax.convert import tensors
+from diffax.models import autoencoder as autoencoders
 from diffax.tasks import Frozen
 
 
@@ -50,19 +52,18 @@ def none(source) -> Latent:
 def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   """The latents of an autoencoder in a folder as diffusers writes them, config.json and tensors.
 
-  sample: whether training draws from the posterior or takes its mean; shift and scale are the
-  folder's own. dtype: of its matrix products and convolutions. Raises ConfigError for a folder that
-  holds none.
+  sample: whether training draws from the posterior or takes its mean. dtype: of its matrix products
+  and convolutions. Raises ConfigError for a folder that holds none.
   """
-  from diffax.convert import autoencoder as stored
-
-  said = tensors.config_json(path)
-  model = build('diffax.models', stored.from_config(said) | {'dtype': dtype}, path='latent')
-  shift, scale = normalisation(said)
-  files = tensors.find(path)
-  if source.dtype == np.uint8 and source.shape[-1] != model.channels:
+  try:
+    spec = stored.from_config(tensors.config_json(path)) | {'dtype': dtype}
+  except ValueError as error:
+    raise ConfigError(f'config.latent.path={path}: {error}') from error
+  model, files = build('diffax.models', spec, path='latent'), tensors.find(path)
+  place, channels = stored.suited(files.of, model), model.design.channels
+  if source.dtype == np.uint8 and source.shape[-1] != channels:
     raise ConfigError(
-      f'config.latent.path={path} is of pictures of {model.channels} channels, and the data has '
+      f'config.latent.path={path} is of pictures of {channels} channels, and the data has '
       f'{source.shape[-1]}'
     )
 
@@ -70,11 +71,12 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     return model.apply({'params': groups['autoencoder']}, x, method=method)
 
   def draw(moments, keys):
-    mean = moments[..., : model.latent]
-    if sample and keys is not None and moments.shape[-1] > model.latent:
-      eps = noises.normal(keys, mean.shape[1:])
-      mean += jnp.exp(jnp.clip(moments[..., model.latent :], -30, 20) / 2) * eps
-    return (mean - shift) / scale
+    if moments.shape[-1] == model.latent:  # of a codebook
+      return (moments - model.shift) * model.scale
+    mean, logvar = autoencoders.posterior(moments)
+    if sample and keys is not None:
+      mean += jnp.exp(logvar / 2) * noises.normal(keys, mean.shape[1:])
+    return (mean - model.shift) * model.scale
 
   def shape(of):
     if any(side and side % model.factor for side in of[:-1]):
@@ -84,26 +86,13 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     return *(side // model.factor for side in of[:-1]), model.latent
 
   def like():
-    x = jnp.zeros((1, 2 * model.factor, 2 * model.factor, model.channels))
+    x = jnp.zeros((1, 2 * model.factor, 2 * model.factor, channels))
     return jax.eval_shape(model.init, jax.random.key(0), x)['params']
 
-  load = lambda like: tensors.load(files, like, stored.stored(model), stored.IGNORED)
   return Latent(
     moments=lambda groups, x: apply(groups, x, 'encode'), draw=draw,
-    decode=lambda groups, z: apply(groups, z * scale + shift, 'decode'), shape=shape,
-    frozen={'autoencoder': Frozen(like, load)}, factor=model.factor,
-    channels=model.latent,
+    decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'), shape=shape,
+    frozen={'autoencoder': Frozen(
+      like, lambda like: tensors.load(files, like, place, stored.IGNORED))},
+    factor=model.factor, channels=model.latent,
   )
-
-
-def normalisation(said):
-  """(shift, scale), numbers or [c], of an autoencoder's config.json as diffusers has it.
-
-  Its scaling_factor is 1 / scale; where it says latents_mean and latents_std, a number a channel,
-  those are meant beside it.
-  """
-  factor = said.get('scaling_factor') or 1.0
-  if said.get('latents_mean') is not None and said.get('latents_std') is not None:
-    mean, std = (np.asarray(said[f'latents_{k}'], np.float32) for k in ('mean', 'std'))
-    return mean, std / np.float32(factor)
-  return np.float32(said.get('shift_factor') or 0.0), np.float32(1 / factor)

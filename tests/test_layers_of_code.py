@@ -16,7 +16,7 @@ LAYERS = {
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
-                'images', 'convert'),
+                'images', 'tiles', 'convert'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals'),
   'doors': ('main',),

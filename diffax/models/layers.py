@@ -307,24 +307,36 @@ def dropout(x, keys, rate):
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def group_norm(x, scale, shift, groups, eps):
-  """Group norm over channels and space, Wu & He 2018: [b *space c] -> float32, the same shape.
+def group_moments(x, groups):
+  """Means of the values and of their squares by group of channels: [b *space c] -> two of [b g].
 
-  scale, shift: of the channels, [c], or of each example's, [b c]: an adaptive norm costs no further
-  pass over x. Raises ValueError where the channels do not divide into the groups.
+  float32. Raises ValueError where the channels do not divide into the groups.
   """
   space = tuple(range(1, x.ndim - 1))
   if x.shape[-1] % groups:
     raise ValueError(f'{x.shape[-1]} channels do not divide into {groups} groups')
-  wide = lambda moment: jnp.expand_dims(moment, space)  # [b c] -> [b 1 1 c]
   x = x.astype(jnp.float32)
-  mean, square = (  # of groups, [b c]
-    jnp.repeat(einops.reduce(m, 'b (g c) -> b g', 'mean', g=groups), x.shape[-1] // groups, axis=-1)
+  return tuple(
+    einops.reduce(m, 'b (g c) -> b g', 'mean', g=groups)
     for m in (x.mean(space), (x * x).mean(space))
+  )
+
+
+def group_norm(x, scale, shift, groups, eps, moments=None):
+  """Group norm over channels and space, Wu & He 2018: [b *space c] -> float32, the same shape.
+
+  scale, shift: of the channels, [c], or of each example's, [b c]: an adaptive norm costs no further
+  pass over x. moments: of `group_moments`, where they are others than those of x itself. Raises
+  ValueError where the channels do not divide into the groups.
+  """
+  space = tuple(range(1, x.ndim - 1))
+  wide = lambda moment: jnp.expand_dims(moment, space)  # [b c] -> [b 1 1 c]
+  mean, square = (  # of groups, [b c]
+    jnp.repeat(m, x.shape[-1] // groups, axis=-1) for m in moments or group_moments(x, groups)
   )
   variance = jnp.maximum(square - mean * mean, 0)
   scale = jnp.atleast_2d(scale) * jax.lax.rsqrt(variance + eps)
-  return x * wide(scale) + wide(jnp.atleast_2d(shift) - mean * scale)
+  return x.astype(jnp.float32) * wide(scale) + wide(jnp.atleast_2d(shift) - mean * scale)
 
 
 def blur(x, taps, before, after, axis, stride=1):

@@ -1,0 +1,127 @@
+"""Large pictures through a network tile by tile, blended where tiles overlap.
+
+  y[p] = sum_k w_k[p] f(x_k)[p - start_k],   sum_k w_k = 1
+
+All tiles have one shape, so that one program serves all, and what a device holds does not grow with
+the picture: pictures stay in numpy. Tiles lie evenly from edge to edge, their starts on multiples
+of the factor, so that strided convolutions see the places that they would see in the whole. Of an
+overlap the outer quarter on either side, which the zeros beyond a tile's edge have reached, is not
+used; over the half between, one tile fades into the next.
+
+What differs from the picture as a whole, beside places that see farther than that quarter:
+
+  group norms        see their tile: a tile of flat sky gains contrast. `shared` gives all tiles the
+                     moments that all tiles have in the mean
+  attention          sees its tile alone, where in the whole it is among all places
+  a smaller picture  is mirrored up to one tile: its right and lower edges are none to the network
+
+The usual way fades over the whole overlap and gives each tile its own moments.
+"""
+
+import fractions
+import itertools
+
+import jax
+import numpy as np
+
+
+def apply(function, x, tile, overlap, scale=1):
+  """`function` of a picture x [b h w c], tile by tile: [b h*scale w*scale c'], numpy.
+
+  function: [b tile tile c] -> [b tile*scale tile*scale c'], jitted by the caller, called with that
+  one shape alone. tile, overlap: sides in places of x. scale: how many places a side come of one, 8
+  of a decoder, 1/8 of an encoder.
+  Raises ValueError for an overlap that is no part of the tile, and for sides, tiles and overlaps
+  that do not divide by an encoder's factor.
+  """
+  x, ratio = np.asarray(x), fractions.Fraction(scale).limit_denominator(1024)
+  unit = ratio.denominator
+  _check(x, tile, overlap, unit)
+  sides = x.shape[1:3]
+  rows, columns = (places(max(side, tile), tile, overlap, unit) for side in sides)
+  down, across = (blend(starts, tile, ratio) for starts in (rows, columns))
+  y, whole = None, [int(max(side, tile) * ratio) for side in sides]
+  for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+    out = np.asarray(function(_cut(x, row, column, tile)))
+    if y is None:
+      y = np.zeros((len(x), *whole, out.shape[-1]), np.float32)
+    top, left, side = int(row * ratio), int(column * ratio), int(tile * ratio)
+    weight = (down[i][:, None] * across[j][None])[None, ..., None]
+    y[:, top : top + side, left : left + side] += weight * out
+  return y[:, : int(sides[0] * ratio), : int(sides[1] * ratio)]
+
+
+def shared(function, x, tile, overlap, scale=1, passes=2):
+  """As `apply`, but tiles normalise alike: by the mean of what all of them told of their norms.
+
+  function: (tile, told) -> (out, tells), told a tree as `tells`, or {} at first, when each tile
+  goes by its own. For a Linen module whose norms sow their moments, as those of `models.autoencoder`:
+
+    decode = jax.jit(lambda params, z, told: model.apply(
+      {'params': params, 'norms': told.get('intermediates', {})}, z, method='decode',
+      mutable='intermediates'))
+    tiles.shared(functools.partial(decode, params), z, tile=64, overlap=16, scale=8)
+
+  Each pass costs as much as `apply`. All but the last look only; a norm's moments are near those of
+  the whole when the norms before it were: the more passes the nearer. Overlaps count twice.
+  """
+  if passes < 2:
+    raise ValueError(f'passes={passes}: one at the least looks, the last makes the picture')
+  x, unit = np.asarray(x), fractions.Fraction(scale).limit_denominator(1024).denominator
+  _check(x, tile, overlap, unit)
+  starts = [places(max(side, tile), tile, overlap, unit) for side in x.shape[1:3]]
+  told = {}
+  for _ in range(passes - 1):
+    total, count = None, 0
+    for row, column in itertools.product(*starts):
+      tells = jax.device_get(function(_cut(x, row, column, tile), told)[1])
+      total = tells if total is None else jax.tree.map(np.add, total, tells)
+      count += 1
+    told = jax.tree.map(lambda sum, count=count: sum / np.float32(count), total)
+  return apply(lambda cut: function(cut, told)[0], x, tile, overlap, scale)
+
+
+def places(side, tile, overlap, unit=1):
+  """Where tiles begin along a side: as few as overlap so far, evenly, on multiples of `unit`."""
+  count = 1 + -(-(side - tile) // (tile - overlap))
+  room = (side - tile) // unit
+  return [unit * (k * room // max(count - 1, 1)) for k in range(count)]
+
+
+def blend(starts, tile, ratio=1):
+  """Each tile's weights along a side, [tile * ratio] each: at every place they sum to 1.
+
+  starts: of the tiles, rising. Between two the weight falls and rises over the inner half of what
+  they share.
+  """
+  starts, side = [int(s * ratio) for s in starts], int(tile * ratio)
+  places = np.arange(starts[-1] + side) + 0.5
+
+  def passed(before, after):
+    """0 where the tile that began before alone counts, 1 where the next one does."""
+    width = before + side - after
+    margin = width // 4
+    return np.clip((places - after - margin) / max(width - 2 * margin, 1e-9), 0, 1)
+
+  rises = [np.ones(len(places)), *map(passed, starts, starts[1:]), np.zeros(len(places))]
+  weights = [a - b for a, b in itertools.pairwise(rises)]
+  return [w[s : s + side].astype(np.float32) for s, w in zip(starts, weights)]
+
+
+def _cut(x, row, column, tile):
+  """The tile at a place, mirrored beyond the end of a picture that is smaller."""
+  cut = x[:, row : row + tile, column : column + tile]
+  missing = [(0, tile - side) for side in cut.shape[1:3]]
+  return np.pad(cut, [(0, 0), *missing, (0, 0)], 'symmetric') if np.any(missing) else cut
+
+
+def _check(x, tile, overlap, unit):
+  if x.ndim != 4 or not x.size:
+    raise ValueError(f'a picture is [b h w c]; here is {x.shape}')
+  if not 0 <= overlap < tile:
+    raise ValueError(f'overlap={overlap} must be from 0 to less than tile={tile}')
+  for name, side in (
+    ('the height', x.shape[1]), ('the width', x.shape[2]), ('tile', tile), ('overlap', overlap)
+  ):
+    if side % unit:
+      raise ValueError(f'{name}={side} does not divide by the factor {unit}: choose or pad it so')
