@@ -388,8 +388,8 @@ def captioned(path, split='train', channels=3) -> Source:
     raise ValueError(f'there is no {CAPTIONS} in {str(path)!r}: one line a picture, as '
                      '{"file": "a.png", "caption": "a red heart"}')
   lines = [_line(root, n, text) for n, text in enumerate(_lines(root), 1)]
-  splits = {line.get('split', 'all') for line in lines}
-  if split not in splits | {'all'}:
+  splits = {line['split'] for line in lines if 'split' in line}
+  if splits and all('split' in line for line in lines):
     _known(f'split in {path}', split, splits | {'all'})
   lines = [line for line in lines if split == 'all' or line.get('split', split) == split]
   if not lines:
