@@ -32,19 +32,20 @@ def last(state):
   return (list(state.ema) or ['none'])[-1]
 
 
-def drawer(run, settings, path):
+def drawer(run, settings, path, drawing=None):
   """A function `(state, count, start=0) -> (x [count h w c], asked)`, compiled once.
 
   It draws the samples `start`, `start + 1`, ...: uint8, or float32 where the data is floats. asked:
   {name: [count ...]}, what was asked of each (`tasks.Drawing`). settings: a `sample` section or
-  evaluation of the config, `path` its place. Raises ConfigError.
+  evaluation of the config, `path` its place; drawing: the task's of them, where it is at hand.
+  Raises ConfigError.
   """
   if settings['batch_size'] < 1:
     raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
   whole = lambda count: sharding.whole(count, run.mesh)
   used = settings['ema'] or last(run.like)
   like = _like(run.like, used)
-  drawing = run.task.sample(settings, path)
+  drawing = drawing or run.task.sample(settings, path)
   batch = sharding.batch(run.mesh)
   finish = transforms.to_uint8 if run.source.dtype == np.uint8 else np.asarray
 
@@ -150,13 +151,14 @@ def sample(run, workdir, step, weights=''):
   settings = run.config['sample']
   if settings['count'] < 1:
     raise ConfigError(f'config.sample.count={settings["count"]} is less than 1')
-  draw = drawer(run, settings, 'sample')
+  drawing = run.task.sample(settings, 'sample')
+  draw = drawer(run, settings, 'sample', drawing)
   if weights:
     state = released(run, weights)
   else:
     _, state = restore(run, workdir, step, [settings['ema']])
   pictures, asked = draw(state, settings['count'])
-  said = run.task.sample(settings, 'sample').said(np.arange(len(pictures)))
+  said = drawing.said(np.arange(len(pictures)))
   written = [workdir / 'samples.npz', workdir / 'samples.png']
   written += [workdir / 'samples.jsonl'] if said else []
   if hosts.first():
