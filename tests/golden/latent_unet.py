@@ -6,8 +6,9 @@
 The models are those of Stable Diffusion 1, 2 and XL, of inpainting, InstructPix2Pix and the
 upscaler, narrow and of fewer blocks. Weights are drawn by numpy from the name of each tensor, so
 that the file holds outputs alone; drawn are all of them, also those that start at zero, for behind
-zeros an error hides. The reference runs in float64. Of each model the file has besides the names
-and shapes of its tensors, and, where `LDM` names it, what these are called in single files: names
+zeros an error hides. The reference runs in float64, and is asked that each of its tensors moves the
+output, so that none that is read wrong can hide. Of each model the file has besides the names and
+shapes of its tensors, and, where `LDM` names it, what these are called in single files: names
 as `openaimodel.UNetModel` gives them, carried over by diffusers' own converter.
 """
 
@@ -51,7 +52,7 @@ MODELS = dict(
   ),
 )  # fmt: skip
 LDM = ('sd1', 'sdxl', 'upscaler')
-SPACE = (8, 12)
+SPACE = (4, 6)
 TOKENS = 5
 
 
@@ -145,11 +146,15 @@ def main():
     added = None
     if 'size' in given:
       added = dict(text_embeds=given['pooled'], time_ids=given['size'])
-    with torch.no_grad():
-      return model.double().eval()(
-        shown, given['t'], given['text'], encoder_attention_mask=given.get('text_mask'),
-        class_labels=given.get('noise_level'), added_cond_kwargs=added, return_dict=False,
-      )[0]
+    out = model.double().eval()(
+      shown, given['t'], given['text'], encoder_attention_mask=given.get('text_mask'),
+      class_labels=given.get('noise_level'), added_cond_kwargs=added, return_dict=False,
+    )[0]
+    weights = np.random.default_rng(0).standard_normal(out.shape)
+    torch.sum(out * torch.from_numpy(weights)).backward()
+    for key, tensor in model.named_parameters():
+      assert tensor.grad.abs().max() > 1e-2, key
+    return out.detach()
 
   def pairs(model, name):
     """{diffusers' name: the single file's}."""
