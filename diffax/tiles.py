@@ -10,18 +10,18 @@ used; over the half between, one tile fades into the next.
 
 What differs from the picture as a whole, beside places that see farther than that quarter:
 
-  group norms        see their tile: a tile of flat sky gains contrast. `shared` gives all tiles the
-                     moments that all tiles have in the mean
+  group norms        see their tile: one of flat sky gains contrast
   attention          sees its tile alone, where in the whole it is among all places
   a smaller picture  is mirrored up to one tile: its right and lower edges are none to the network
 
-The usual way fades over the whole overlap and gives each tile its own moments.
+Of the first two `shared` leaves a fifth: one call more, of a thumbnail, whose moments, keys and
+values serve all tiles (experiments/tiling). The usual way fades over all of an overlap and leaves
+each tile to itself.
 """
 
 import fractions
 import itertools
 
-import jax
 import numpy as np
 
 
@@ -51,33 +51,26 @@ def apply(function, x, tile, overlap, scale=1):
   return y[:, : int(sides[0] * ratio), : int(sides[1] * ratio)]
 
 
-def shared(function, x, tile, overlap, scale=1, passes=2):
-  """As `apply`, but tiles normalise alike: by the mean of what all of them told of their norms.
+def shared(function, x, tile, overlap, scale=1):
+  """As `apply`, but all tiles go by what a thumbnail of the picture told, not each by its own.
 
-  function: (tile, told) -> (out, tells), told a tree as `tells`, or {} at first, when each tile
-  goes by its own. For a Linen module whose norms sow their moments, as those of `models.autoencoder`:
+  function: (tile, told) -> (out, tells), told a tree as `tells`, or {} for the thumbnail. For those
+  of `models.autoencoder`:
 
     decode = jax.jit(lambda params, z, told: model.apply(
-      {'params': params, 'norms': told.get('intermediates', {})}, z, method='decode',
+      {'params': params, 'told': told.get('intermediates', {})}, z, method='decode',
       mutable='intermediates'))
     tiles.shared(functools.partial(decode, params), z, tile=64, overlap=16, scale=8)
 
-  Each pass costs as much as `apply`. All but the last look only; a norm's moments are near those of
-  the whole when the norms before it were: the more passes the nearer. Overlaps count twice.
+  The thumbnail is of one tile's shape, places of the picture as they are: means would take contrast
+  from it, which the norms are to see. Raises ValueError as `apply`.
   """
-  if passes < 2:
-    raise ValueError(f'passes={passes}: one at the least looks, the last makes the picture')
-  x, unit = np.asarray(x), fractions.Fraction(scale).limit_denominator(1024).denominator
-  _check(x, tile, overlap, unit)
-  starts = [places(max(side, tile), tile, overlap, unit) for side in x.shape[1:3]]
-  told = {}
-  for _ in range(passes - 1):
-    total, count = None, 0
-    for row, column in itertools.product(*starts):
-      tells = jax.device_get(function(_cut(x, row, column, tile), told)[1])
-      total = tells if total is None else jax.tree.map(np.add, total, tells)
-      count += 1
-    told = jax.tree.map(lambda sum, count=count: sum / np.float32(count), total)
+  x = np.asarray(x)
+  _check(x, tile, overlap, fractions.Fraction(scale).limit_denominator(1024).denominator)
+  rows, columns = (
+    ((np.arange(min(tile, side)) + 0.5) * max(side / tile, 1)).astype(int) for side in x.shape[1:3]
+  )
+  told = function(_cut(x[:, rows][:, :, columns], 0, 0, tile), {})[1]
   return apply(lambda cut: function(cut, told)[0], x, tile, overlap, scale)
 
 

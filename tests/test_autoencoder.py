@@ -220,8 +220,9 @@ def test_training_leftovers_are_ignored(tmp_path):
 
 
 BLOCKS = dict(
-  act_fn='silu', block_out_channels=[128, 256, 512, 512], down_block_types=['DownEncoderBlock2D'] * 4,
-  in_channels=3, layers_per_block=2, norm_num_groups=32, out_channels=3,
+  act_fn='silu', block_out_channels=[128, 256, 512, 512],
+  down_block_types=['DownEncoderBlock2D'] * 4, in_channels=3, layers_per_block=2,
+  norm_num_groups=32, out_channels=3,
   up_block_types=['UpDecoderBlock2D'] * 4, _class_name='AutoencoderKL',
 )  # fmt: skip
 LATE = BLOCKS | dict(
@@ -319,7 +320,8 @@ def test_bad_images():
   with pytest.raises(ValueError, match='uint8'):
     init(jnp.zeros((1, 16, 16, 3), jnp.uint8))
   with pytest.raises(ValueError, match=r'\[b h w 4\]'):
-    jax.eval_shape(lambda z: model.init(jax.random.key(0), z, method='decode'), jnp.zeros((1, 4, 4, 3)))
+    z = jnp.zeros((1, 4, 4, 3))
+    jax.eval_shape(lambda: model.init(jax.random.key(0), z, method='decode'))
 
 
 def test_other_images():

@@ -16,9 +16,10 @@ nearest entry of a codebook, whose gradient is passed straight through (van den 
 
 A diffusion model sees (z - shift) scale, of about unit variance.
 
-Levels are numbered by the halvings of their map, 0 is that of the image. Norms take the moments of
-their groups from the collection `norms`, where it is given, and tell their own in `intermediates`
-when it is mutable: tiles of one picture so share them (`diffax.tiles.shared`).
+Levels are numbered by the halvings of their map, 0 is that of the image. Where `intermediates` is
+mutable, norms tell the moments of their groups there and attention its keys and values, and where
+the collection `told` is given they take those of it for their own: so the tiles of a picture share
+what was told of the whole (`diffax.tiles.shared`).
 """
 
 from typing import Any, NamedTuple
@@ -165,8 +166,14 @@ def dense(design, channels, name=None):
   return nn.Dense(channels, dtype=design.dtype, dot_general=layers.flat_dot, name=name)
 
 
+def told(module, name, own):
+  """`own`, which is told to whoever asks, or what is told in its place."""
+  module.sow('intermediates', name, own, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+  return module.get_variable('told', name, own)
+
+
 class Norm(nn.Module):
-  """Group norm in float32, in the design's dtype; of `norms` where that collection is given."""
+  """Group norm in float32, in the design's dtype; of the moments `told` where there are such."""
 
   design: Design
 
@@ -175,14 +182,12 @@ class Norm(nn.Module):
     design = self.design
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
     bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-    own = layers.group_moments(x, design.groups)
-    self.sow('intermediates', 'groups', own, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-    told = self.get_variable('norms', 'groups', own)
-    return layers.group_norm(x, scale, bias, design.groups, EPS, told).astype(design.dtype)
+    moments = told(self, 'groups', layers.group_moments(x, design.groups))
+    return layers.group_norm(x, scale, bias, design.groups, EPS, moments).astype(design.dtype)
 
 
 class Attention(nn.Module):
-  """Attention among all places of x [b h w c], of one head."""
+  """Attention among all places of x [b h w c], of one head, or to keys and values `told`."""
 
   design: Design
 
@@ -194,6 +199,7 @@ class Attention(nn.Module):
       einops.rearrange(dense(design, channels, name)(tokens), 'b n c -> b n 1 c')
       for name in ('query', 'key', 'value')
     )
+    k, v = told(self, 'keys_values', (k, v))
     y = einops.rearrange(attentions.attention(q, k, v), 'b n 1 c -> b n c')
     y = dense(design, channels, 'out')(y)
     return x + einops.rearrange(y, 'b (h w) c -> b h w c', h=height, w=width)
@@ -303,10 +309,10 @@ class AutoencoderKL(nn.Module):
 
   def setup(self):
     design = self.design
-    told = design.latent if design.codes else 2 * design.latent
-    self.encoder, self.decoder = Encoder(design, told), Decoder(design)
+    out = design.latent if design.codes else 2 * design.latent
+    self.encoder, self.decoder = Encoder(design, out), Decoder(design)
     if design.quant_conv:
-      self.quant_conv, self.post_quant_conv = dense(design, told), dense(design, design.latent)
+      self.quant_conv, self.post_quant_conv = dense(design, out), dense(design, design.latent)
 
   def encode(self, x):
     """x [b h w c] in [-1, 1] -> moments [b h/f w/f 2z], see `posterior`; of a codebook z itself.
