@@ -44,6 +44,8 @@ class Slot(NamedTuple):
   closed: bool = False
 
 
+# What `data` says beside the arguments of its source.
+BESIDE = dict(size=0, flip=False, workers=0, on_error='raise', buckets=())
 SAMPLER = dict(steps=50, calls=0, grid=dict(name='uniform'))  # calls: network calls, for steps
 SAMPLING = dict(
   sampler=dict(name='dpmpp_2m'),
@@ -68,10 +70,16 @@ RATE = PHASE + r'learning_rate'
 # A place that ends in `(\.of)*` nests: an argument `of` is another function of the same kind.
 SLOTS = (
   Slot(
-    r'data', 'diffax.data.sources', ('Source',),
-    extra=dict(size=0, flip=False, workers=0, on_error='raise', buckets=()),
+    r'data', 'diffax.data.sources', ('Source',), extra=BESIDE,
   ),
   Slot(r'task', 'diffax.tasks', ('Task',), ('config', 'source')),
+  Slot(
+    r'task\.perceptual', 'diffax.perceptual', ('Perceptual',), ('channels',),
+    extra=dict(weight=1.0),
+  ),
+  Slot(
+    r'task\.discriminator', 'diffax.models', ('Module',), extra=dict(weight=0.0, start=0)
+  ),
   Slot(r'schedule(\.of)*', 'diffax.schedules', ('Schedule', 'Learned')),
   Slot(r'prediction(\.of)*', 'diffax.predictions', ('Prediction',), ('schedule',)),
   Slot(r'loss\.time(\.of)*', 'diffax.times', given=('schedule',)),

@@ -181,6 +181,11 @@ def squared() -> Distance:
   return Distance(jnp.square)
 
 
+def absolute() -> Distance:
+  """The size of each value's error."""
+  return Distance(jnp.abs)
+
+
 def huber(delta=1.) -> Distance:
   """error^2 / 2 up to `delta`, linear beyond, a value at a time; Huber 1964."""
   def cost(error):

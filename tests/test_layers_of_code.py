@@ -17,7 +17,7 @@ LAYERS = {
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
                 'images', 'tiles', 'convert'),
-  'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'texts'),
+  'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'perceptual', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals'),
   'doors': ('main',),
 }

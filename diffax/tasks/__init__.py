@@ -72,6 +72,9 @@ class Task(NamedTuple):
   frozen: {name: `Frozen`} of what is read and never trained; their arrays lie in `State.frozen`.
   tokenize: [str, ...] -> {name: numpy [b ...]} of captions, which batches then carry; it pickles.
   record: {file: text} that a run keeps in its workdir.
+  reconstruct: (params, frozen, x [b h w c]) -> {name: [b ...]}, what an autoencoder makes of
+    pictures: `image` [b h w c], and of its latent `mean` [b h w z], its `variance` or how often
+    each of its `codes` [b n] stands in it; `perceptual` [b], how far off the picture looks.
   phases: `Phase`s, carried out in order within each step; `loss` is then that of the first. Keys of
     later ones are others than the first's. `prepare` comes before them all. Without any, all
     parameters are trained by `loss`.
@@ -89,4 +92,5 @@ class Task(NamedTuple):
   frozen: dict = {}
   tokenize: Callable[..., Any] | None = None
   record: dict = {}
+  reconstruct: Callable[..., Any] | None = None
   phases: tuple[Phase, ...] = ()
