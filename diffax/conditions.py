@@ -18,8 +18,9 @@ from diffax.build import ConfigError
 
 class Conditions(NamedTuple):
   """classes: of labels, 0 for none. text: a `texts.Text`. captions: of the data, None for none.
-  given: a `givens.Given`. encode: (groups, pictures, keys or None) -> z. factor: pixels a side of
-  what x has one of. told: names in cond that the network takes.
+  given: a `givens.Given`. encode: (groups, pictures, keys) -> z; mean: (groups, pictures) -> the
+  mean of what is encoded, before shift and scale. factor: pixels a side of what x has one of. told:
+  names in cond that the network takes.
   """
 
   classes: int
@@ -27,6 +28,7 @@ class Conditions(NamedTuple):
   captions: tuple | None
   given: tuple
   encode: Callable
+  mean: Callable
   factor: int
   told: tuple
 
@@ -122,8 +124,9 @@ def _size(h, w):
 def _shown(conditions, groups, shown, keys):
   """What is given, in the space that the network denoises in."""
   if conditions.given.latent:
-    keys = None if conditions.given.mean else keys
-    shown = {**shown, 'image': conditions.encode(groups, shown['image'], keys)}
+    z = conditions.mean(groups, shown['image']) if conditions.given.mean \
+      else conditions.encode(groups, shown['image'], keys)
+    shown = {**shown, 'image': z}
   if 'mask' in shown:
     shown = {**shown, 'mask': smaller_mask(shown['mask'], conditions.factor)}
   return shown

@@ -2,7 +2,8 @@
 
 A grid is a function `(schedule, steps, **options) -> times [steps + 1]`, falling. A network is
 asked at the first `steps` of them, in [t_min, t_max]; the last is 0, clean data, at which none is
-asked. One name is one grid in every sampler, and as many steps are made as were asked for.
+asked, unless a table's grid is told to end at its first level. One name is one grid in every
+sampler, and as many steps are made as were asked for.
 
 Three families: equal steps in a function of t (`uniform`, `quadratic`, `beta`), equal steps in a
 function of the noise (`log_snr` or `exponential`, `polyexponential`, `karras`),
@@ -140,64 +141,75 @@ def exponential(schedule, steps):
 # --- indices of a table ---------------------------------------------------------------------------
 
 
-def _at(schedule, steps, indices, train_steps):
-  """The times of `indices() [steps]`, called once `steps` is known to be good; then clean data."""
+def _at(schedule, steps, indices, train_steps, clean=True):
+  """The times of `indices() [steps]`, called once `steps` is known to be good; then clean data, or
+  the first level of the table."""
   _check(steps)
   if steps > train_steps:
     raise ValueError(f'steps={steps}: a table of train_steps={train_steps} levels has no more')
-  t = schedule.t_max * (np.append(indices(), -1) + 1) / train_steps
+  found = indices()
+  if not clean and found[-1] == 0:
+    raise ValueError('clean=False ends at index 0 of the table, and the last index asked is 0 '
+                     'already: ask later ones, as leading with offset=1, or say clean=True')
+  t = schedule.t_max * (np.append(found, -1 if clean else 0) + 1) / train_steps
   if t[-2] < schedule.t_min * (1 - 1e-6):
     raise ValueError(
-        f'index {indices()[-1]:.0f} of train_steps={train_steps} lies at t={t[-2]:.3g}, below '
+        f'index {found[-1]:.0f} of train_steps={train_steps} lies at t={t[-2]:.3g}, below '
         f't_min={schedule.t_min:g}: train_steps is the number of levels of the schedule\'s table; '
         'without one, use uniform')
   return jnp.asarray(t, jnp.result_type(float))
 
 
-def leading(schedule, steps, offset=0, train_steps=1000):
+def leading(schedule, steps, offset=0, train_steps=1000, clean=True, short=False):
   """The first index of each of `steps` equal parts of a table, `offset` later; then clean data.
 
   Index i of 0 ... train_steps - 1 lies at t = (i + 1) / train_steps t_max. A part is
   train_steps // steps long, so where that leaves a rest, the noisiest indices go unasked; even
   where it does not, sampling begins below t_max. Song et al. 2020, appendix D.2 ("linear"); Lin et
-  al. 2023, "Common Diffusion Noise Schedules", table 2. Stable Diffusion's offset is 1. Raises
-  ValueError where steps > train_steps, where the offset leaves the table, or where t_min is not in
-  it.
+  al. 2023, "Common Diffusion Noise Schedules", table 2. Stable Diffusion's offset is 1, and its
+  last step by DDIM or PLMS ends at index 0 in place of clean data: clean=False. short: of one part
+  more, the last of which is not asked, as diffusers' multistep solvers have it. Raises ValueError
+  where steps > train_steps, where the offset leaves the table, where t_min is not in it, and for
+  clean=False where index 0 is asked.
   """
   def indices():
-    part = train_steps // steps
-    found = part * np.arange(steps)[::-1] + offset
+    part = train_steps // (steps + short)
+    found = (part * np.arange(steps + short)[::-1] + offset)[:steps]
     if found[0] >= train_steps or offset < 0:
       raise ValueError(
           f'offset={offset}: with {steps} steps of {train_steps} it is one of 0 ... '
-          f'{train_steps - 1 - part * (steps - 1)}')
+          f'{train_steps - 1 - part * (steps + short - 1)}')
     return found
-  return _at(schedule, steps, indices, train_steps)
+  return _at(schedule, steps + short, indices, train_steps, clean)
 
 
-def trailing(schedule, steps, train_steps=1000):
+def trailing(schedule, steps, train_steps=1000, clean=True):
   """The last index of each of `steps` equal parts of a table, from t_max; then clean data.
 
   Index i of 0 ... train_steps - 1 lies at t = (i + 1) / train_steps t_max. Where parts are not
   whole, their ends are rounded, halves to even. Lin et al. 2023, "Common Diffusion Noise
-  Schedules", table 2. Raises ValueError where steps > train_steps.
+  Schedules", table 2. clean: as of `leading`. Raises ValueError where steps > train_steps, and for
+  clean=False where index 0 is asked.
   """
   def indices():
     return np.round(train_steps * np.arange(steps, 0, -1) / steps) - 1
-  return _at(schedule, steps, indices, train_steps)
+  return _at(schedule, steps, indices, train_steps, clean)
 
 
-def linspace(schedule, steps, train_steps=1000):
+def linspace(schedule, steps, train_steps=1000, clean=True, short=False, whole=True):
   """Indices of a table from its last to its first, equally far apart; then clean data.
 
   Index i of 0 ... train_steps - 1 lies at t = (i + 1) / train_steps t_max. Those that are not whole
-  are rounded, halves to even; a single step asks at the noisiest. Nichol & Dhariwal 2021, sec. 4;
-  Lin et al. 2023, "Common Diffusion Noise Schedules", table 2. Raises ValueError where steps >
-  train_steps.
+  are rounded, halves to even, or, with whole=False, asked at between two levels, as k-diffusion
+  does; a single step asks at the noisiest. Nichol & Dhariwal 2021, sec. 4; Lin et al. 2023, "Common
+  Diffusion Noise Schedules", table 2. clean, short: as of `leading`; with `short` the first of the
+  table is not asked. Raises ValueError where steps > train_steps, and for clean=False where index 0
+  is asked.
   """
   def indices():
-    return np.round(np.linspace(train_steps - 1, 0, steps))
-  return _at(schedule, steps, indices, train_steps)
+    found = np.linspace(train_steps - 1, 0, steps + short)[:steps]
+    return np.round(found) if whole else found
+  return _at(schedule, steps + short, indices, train_steps, clean)
 
 
 # --- given and fitted -----------------------------------------------------------------------------

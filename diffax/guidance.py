@@ -277,18 +277,24 @@ def perturbed(denoise, cond, null, keep, scales, flag='keep'):
   return guided
 
 
-def rescale(denoise, cond, null, scale, phi=0.7):
-  """Classifier-free guidance whose v is brought back towards the deviation of the conditional v.
+def rescale(denoise, cond, null, scale, phi=0.7, of='v'):
+  """Classifier-free guidance brought back towards the deviation of the conditional branch.
 
-  Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", sec. 3.4. The
-  standard deviation is over each example's values; phi in [0, 1] from none of it to all.
+  Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", sec. 3.4, whose
+  network says v: of='v' brings back v, of='eps' the noise, as is usual with networks that say it.
+  The standard deviation is over each example's values; phi in [0, 1] from none of it to all. Raises
+  ValueError for another `of`.
   """
+  rows = {'v': lambda level: (-level.sigma, level.alpha), 'eps': lambda level: (0., 1.)}
+  if of not in rows:
+    raise ValueError(f'rescale: of={of!r} is none of {", ".join(rows)}')
   def rule(said, pushes, level):
     guided, _ = _line(said, pushes, level)
-    v = lambda e: level.alpha * e.eps - level.sigma * e.x0
-    std = lambda a: jnp.std(a, tuple(range(1, a.ndim)), keepdims=True)
-    factor = _over(std(v(said[0])), std(v(guided)))
-    return moved(guided, (-level.sigma, level.alpha), phi * (factor - 1) * v(guided), level), ()
+    a, b = rows[of](level)
+    target = lambda e: a * e.x0 + b * e.eps
+    std = lambda x: jnp.std(x, tuple(range(1, x.ndim)), keepdims=True)
+    factor = _over(std(target(said[0])), std(target(guided)))
+    return moved(guided, (a, b), phi * (factor - 1) * target(guided), level), ()
   return lambda x, level: _ask(denoise, [cond, null], [scale], rule, x, level)[0]
 
 

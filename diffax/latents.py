@@ -29,13 +29,15 @@ class Latent(NamedTuple):
   """A space to denoise in. groups: {name: parameters}, `autoencoder` among them.
 
   moments: (groups, pictures [b h w c]) -> [b h w k], what is known of their z. draw: (moments,
-  keys [b], or None for the mean) -> z [b h w c]. decode: (groups, z) -> pictures. shape: that of a
-  picture -> that of its z. frozen: see `tasks.Task`. factor: pixels of a picture a side
-  of a latent. channels: of z, 0 for those of the pictures.
+  keys [b], or None for the mean) -> z [b h w c]. mean: moments -> that mean before shift and scale.
+  decode: (groups, z) -> pictures. shape: that of a picture -> that of its z. frozen: see
+  `tasks.Task`. factor: pixels of a picture a side of a latent. channels: of z, 0 for those of the
+  pictures.
   """
 
   moments: Callable = lambda groups, x: x
   draw: Callable = lambda moments, keys: moments
+  mean: Callable = lambda moments: moments
   decode: Callable = lambda groups, z: z
   shape: Callable = lambda shape: shape
   frozen: dict = {}
@@ -70,13 +72,16 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   def apply(groups, x, method):
     return model.apply({'params': groups['autoencoder']}, x, method=method)
 
+  def mean(moments):
+    codes = moments.shape[-1] == model.latent  # of a codebook
+    return moments if codes else autoencoders.posterior(moments)[0]
+
   def draw(moments, keys):
-    if moments.shape[-1] == model.latent:  # of a codebook
-      return (moments - model.shift) * model.scale
-    mean, logvar = autoencoders.posterior(moments)
-    if sample and keys is not None:
-      mean += jnp.exp(logvar / 2) * noises.normal(keys, mean.shape[1:])
-    return (mean - model.shift) * model.scale
+    z = mean(moments)
+    if sample and keys is not None and z.shape != moments.shape:
+      std = jnp.exp(autoencoders.posterior(moments)[1] / 2)
+      z += std * noises.normal(keys, z.shape[1:])
+    return (z - model.shift) * model.scale
 
   def shape(of):
     if any(side and side % model.factor for side in of[:-1]):
@@ -90,7 +95,7 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     return jax.eval_shape(model.init, jax.random.key(0), x)['params']
 
   return Latent(
-    moments=lambda groups, x: apply(groups, x, 'encode'), draw=draw,
+    moments=lambda groups, x: apply(groups, x, 'encode'), draw=draw, mean=mean,
     decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'), shape=shape,
     frozen={'autoencoder': Frozen(
       like, lambda like: tensors.load(files, like, place, stored.IGNORED))},

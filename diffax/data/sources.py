@@ -100,12 +100,15 @@ def _record_name(what, i):
   return f'{what} record {i}'
 
 
-def blank(size=512, channels=3) -> Source:
-  """One grey picture [size size channels]: for released weights, to sample from without data."""
+def blank(size=512, channels=3, classes=0) -> Source:
+  """One grey picture [size size channels]: for released weights, to sample from without data.
+
+  classes: how many labels those know.
+  """
   return Source(
     read=functools.partial(_read_memory, np.full((1, size, size, channels), 127, np.uint8), [0]),
     name_of=functools.partial(_record_name, 'blank'), length=1, shape=(size, size, channels),
-    classes=0)
+    classes=classes)
 
 
 # tfds: any prepared image set of TensorFlow Datasets, read without TensorFlow

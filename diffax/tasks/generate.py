@@ -179,8 +179,10 @@ def _told(config, source, model, space):
   conditions.check(config, model, text, given, space.shape if given.latent else space.pixels)
   names = conditions.taken(model)
   captions = getattr(source, 'captions', None)
+  latent = space.latent
+  mean = lambda groups, x: latent.mean(latent.moments(groups, x))
   return conditions.Conditions(
-    classes, text, captions, given, space.encode, space.latent.factor, names)
+    classes, text, captions, given, space.encode, mean, latent.factor, names)
 
 
 def _network(config, source, outputs, shows_before):

@@ -1,0 +1,295 @@
+"""Latents after each step, and pictures, of diffusers' pipelines on weights anyone can draw again.
+
+  pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
+  python tests/golden/pipelines.py            # writes tests/golden/pipelines.npz
+
+Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`), text
+encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the name of
+each component and tensor; noise from its role: `start`, where sampling begins, and `draw`, of the
+autoencoder's posterior. The references run in float64; where diffusers says float32 (its tables,
+some of its steps, its pictures), the name is bound to float64.
+
+NAME_latents [steps b c h w] are those after each step, of a variance-preserving level: of Euler's
+method, whose x is x0 + sigma eps, divided by sqrt(1 + sigma^2). NAME_picture [b c h w] is what is
+decoded, neither cut to [-1, 1] nor moved.
+"""
+
+import importlib
+import json
+import pathlib
+import zlib
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+SIDES, FACTOR = (8, 12), 2  # of latents
+STEPS = 5
+VOCAB = len(json.loads((HERE / 'tokenizer' / 'vocab.json').read_text()))
+WITH, WITHOUT = 'CrossAttn{}Block2D', '{}Block2D'
+
+
+# --- components -----------------------------------------------------------------------------------
+
+
+def unet(attends=(1, 0), **options):
+  kinds = [WITH if a else WITHOUT for a in attends]
+  return dict(
+    _class_name='UNet2DConditionModel', sample_size=8, in_channels=4, out_channels=4,
+    block_out_channels=[16, 32], down_block_types=[k.format('Down') for k in kinds],
+    up_block_types=[k.format('Up') for k in reversed(kinds)], layers_per_block=1,
+    norm_num_groups=8, cross_attention_dim=24, attention_head_dim=4,
+  ) | options
+
+
+def text(**options):
+  return dict(
+    architectures=['CLIPTextModel'], model_type='clip_text_model', vocab_size=VOCAB,
+    max_position_embeddings=77, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, hidden_act='quick_gelu', projection_dim=24, eos_token_id=2,
+    bos_token_id=0, pad_token_id=1,
+  ) | options
+
+
+VAE = dict(
+  _class_name='AutoencoderKL', in_channels=3, out_channels=3, latent_channels=4, sample_size=16,
+  block_out_channels=[8, 16], down_block_types=['DownEncoderBlock2D'] * 2, norm_num_groups=4,
+  up_block_types=['UpDecoderBlock2D'] * 2, layers_per_block=1, scaling_factor=0.18215,
+)
+SD = dict(unet=unet(), vae=VAE, text_encoder=text())
+XL = dict(
+  unet=unet(
+    (0, 1), cross_attention_dim=40, attention_head_dim=[1, 2], use_linear_projection=True,
+    transformer_layers_per_block=[1, 2], addition_embed_type='text_time',
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=20 + 6 * 256,
+  ),
+  vae=VAE | dict(scaling_factor=0.13025), text_encoder=text(),
+  text_encoder_2=text(
+    architectures=['CLIPTextModelWithProjection'], hidden_size=16, intermediate_size=32,
+    projection_dim=20, hidden_act='gelu'),
+)
+DIT = dict(
+  transformer=dict(
+    _class_name='DiTTransformer2DModel', num_attention_heads=2, attention_head_dim=12,
+    in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
+    num_embeds_ada_norm=1000, norm_type='ada_norm_zero', activation_fn='gelu-approximate',
+    attention_bias=True, norm_elementwise_affine=False,
+  ),
+  vae=VAE,
+)
+
+
+def scheduler(name, **options):
+  """As Stable Diffusion's folders have it: set_alpha_to_one=False whatever the class."""
+  return dict(
+    _class_name=f'{name}Scheduler', beta_schedule='scaled_linear', beta_start=0.00085,
+    beta_end=0.012, num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False,
+    skip_prk_steps=True, clip_sample=False, trained_betas=None,
+  ) | options
+
+
+DDIM, PNDM = scheduler('DDIM'), scheduler('PNDM')
+EULER = scheduler('EulerDiscrete', timestep_spacing='leading', use_karras_sigmas=False)
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+PROMPTS = ['a photograph of an astronaut riding a horse', 'a cat, digital painting']
+NEGATIVE = 'concept art'
+PICTURES = np.random.default_rng(1).integers(0, 256, (2, 16, 24, 3), np.uint8)
+MASKS = np.zeros((2, 16, 24), np.uint8)
+MASKS[0, 3:13, 5:18], MASKS[1, 0:9, 8:] = 255, 255
+MASKS[0, 7, 9] = 0
+
+
+def case(kind, parts, scheduler, **call):
+  return dict(kind=f'{kind}Pipeline', parts=parts, scheduler=scheduler, call=call)
+
+
+CASES = dict(
+  ddim=case('StableDiffusion', SD, DDIM, guidance_scale=7.5, negative_prompt=NEGATIVE),
+  euler=case('StableDiffusion', SD, EULER, guidance_scale=5.0),
+  karras=case(
+    'StableDiffusion', SD, scheduler('DPMSolverMultistep', use_karras_sigmas=True),
+    guidance_scale=4.0, negative_prompt=NEGATIVE),
+  linspace=case(
+    'StableDiffusion', SD, scheduler('DPMSolverMultistep', final_sigmas_type='sigma_min'),
+    guidance_scale=4.0),
+  unipc=case(
+    'StableDiffusion', SD, scheduler('UniPCMultistep', timestep_spacing='leading'),
+    guidance_scale=4.0),
+  rescaled=case(
+    'StableDiffusion', SD, scheduler(
+      'DDIM', prediction_type='v_prediction', timestep_spacing='trailing',
+      rescale_betas_zero_snr=True),
+    guidance_scale=7.5, guidance_rescale=0.7),
+  rescaled_eps=case('StableDiffusion', SD, EULER, guidance_scale=7.5, guidance_rescale=0.5),
+  pndm=case('StableDiffusion', SD, PNDM, guidance_scale=7.5),
+  image=case('StableDiffusionImg2Img', SD, DDIM, guidance_scale=7.5, strength=0.6),
+  image_all=case('StableDiffusionImg2Img', SD, EULER, guidance_scale=3.0, strength=1.0),
+  held=case('StableDiffusionInpaint', SD, EULER, guidance_scale=3.0, strength=0.8),
+  inpaint=case(
+    'StableDiffusionInpaint', SD | dict(unet=unet(in_channels=9)), DDIM, guidance_scale=7.5,
+    strength=1.0, negative_prompt=NEGATIVE),
+  inpaint_part=case(
+    'StableDiffusionInpaint', SD | dict(unet=unet(in_channels=9)), EULER, guidance_scale=7.5,
+    strength=0.6),
+  instruct=case(
+    'StableDiffusionInstructPix2Pix', SD | dict(unet=unet(in_channels=8)),
+    scheduler('EulerDiscrete'), guidance_scale=7.5, image_guidance_scale=1.5),
+  xl=case('StableDiffusionXL', XL, EULER, guidance_scale=5.0),
+  xl_negative=case('StableDiffusionXL', XL, EULER, guidance_scale=5.0, negative_prompt=NEGATIVE),
+  dit=case(
+    'DiT', DIT, scheduler(
+      'DDIM', beta_schedule='linear', beta_start=1e-4, beta_end=0.02, steps_offset=0,
+      set_alpha_to_one=True),
+    guidance_scale=4.0, class_labels=[207, 3]),
+)  # fmt: skip
+
+
+def draw(component, name, shape):
+  """Weights [out in ...] scaled to keep variance, norms about 1, biases of 0.1, tokens of 1/2.
+
+  Of an encoder's name without `text_model.`, with which some versions of it begin.
+  """
+  seed = zlib.crc32(f'{component}/{name.removeprefix("text_model.")}'.encode())
+  numbers = np.random.default_rng(seed).standard_normal(shape)
+  if len(shape) == 1:
+    return 0.1 * numbers + ('norm' in name and name.endswith('weight'))
+  if 'text' in component and 'embedding' in name:
+    return numbers / 2
+  return numbers * np.prod(shape[1:]) ** -0.5
+
+
+def noise(role, sides=SIDES):
+  """[b c h w]."""
+  rng = np.random.default_rng(zlib.crc32(role.encode()))
+  return rng.standard_normal((2, 4, *sides))
+
+
+def sides(name):
+  return (8, 8) if name == 'dit' else SIDES
+
+
+def special(number):
+  """{file: what it says} beside a tokenizer's vocabulary; the second's padding is `!`, as SDXL's."""
+  pad = '!' if number else '<|endoftext|>'
+  ends = dict(bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>')
+  said = ends | dict(pad_token=pad)
+  config = said | dict(model_max_length=77, tokenizer_class='CLIPTokenizer', do_lower_case=True)
+  return {'tokenizer_config.json': config, 'special_tokens_map.json': said}
+
+
+# --- the references -------------------------------------------------------------------------------
+
+
+def main():
+  import contextlib
+  import tempfile
+  from unittest import mock
+
+  import diffusers
+  from PIL import Image
+  import torch
+  import transformers
+
+  from samplers import precision
+
+  def tokenizer(number):
+    with tempfile.TemporaryDirectory() as folder:
+      for name in ('vocab.json', 'merges.txt'):
+        (pathlib.Path(folder) / name).write_bytes((HERE / 'tokenizer' / name).read_bytes())
+      for name, said in special(number).items():
+        (pathlib.Path(folder) / name).write_text(json.dumps(said))
+      return transformers.CLIPTokenizer.from_pretrained(folder)
+
+  def network(component, config):
+    if component.startswith('text'):
+      made = getattr(transformers, config['architectures'][0])(
+        transformers.CLIPTextConfig(**config))
+    else:
+      made = getattr(diffusers, config['_class_name']).from_config(config)
+    made = made.double().eval()
+    for name, tensor in made.named_parameters():
+      tensor.data = torch.from_numpy(draw(component, name, tuple(tensor.shape)))
+    return made
+
+  def run(name, kind, parts, scheduler, call):
+    module = importlib.import_module(getattr(diffusers, kind).__module__)
+    steps = getattr(diffusers, scheduler['_class_name'])
+    wide = [
+      importlib.import_module(m) for m in (
+        steps.__module__, 'diffusers.models.embeddings', 'diffusers.image_processor')]
+    given = lambda role: lambda *args, **options: torch.from_numpy(noise(role, sides(name)))
+    latents = []
+
+    def kept(x):
+      scaled = scheduler['_class_name'].startswith('Euler')
+      sigma = float(made.scheduler.sigmas[made.scheduler.step_index]) if scaled else 0.0
+      latents.append(x.numpy() / (1 + sigma**2) ** 0.5)
+
+    def after(pipeline, i, t, tensors):
+      kept(tensors['latents'])
+      return tensors
+
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(precision(torch.float64, module, *wide))
+      stack.enter_context(mock.patch.object(module, 'randn_tensor', given('start')))
+      vae = importlib.import_module('diffusers.models.autoencoders.vae')
+      stack.enter_context(mock.patch.object(vae, 'randn_tensor', given('draw')))
+      stack.enter_context(torch.no_grad())
+      components = {c: network(c, config) for c, config in parts.items()}
+      for number in ('', '_2'):
+        if f'text_encoder{number}' in parts:
+          components[f'tokenizer{number}'] = tokenizer(number)
+      if kind.startswith('StableDiffusion') and 'XL' not in kind:
+        components |= dict(
+          safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+      made = getattr(diffusers, kind)(
+        scheduler=steps.from_config(scheduler), **components)
+      made.set_progress_bar_config(disable=True)
+      decoded = []
+      decode = made.vae.decode
+
+      def decodes(*args, **options):
+        decoded.append(decode(*args, **options))
+        return decoded[-1]
+
+      stack.enter_context(mock.patch.object(made.vae, 'decode', decodes))
+      if name == 'dit':
+        step = made.scheduler.step
+
+        def steps_once(*args, **options):
+          out = step(*args, **options)
+          kept(out.prev_sample.chunk(2)[0])
+          return out
+
+        made.scheduler.step = steps_once
+      else:
+        call = dict(prompt=PROMPTS, callback_on_step_end=after, **call)
+        call |= {'negative_prompt': [NEGATIVE] * 2} if 'negative_prompt' in call else {}
+        if 'Img2Img' in kind or 'Pix2Pix' in kind or 'Inpaint' in kind:
+          call['image'] = [Image.fromarray(x) for x in PICTURES]
+        if 'Inpaint' in kind:
+          call['mask_image'] = [Image.fromarray(x) for x in MASKS]
+        if 'Img2Img' not in kind and 'Pix2Pix' not in kind:
+          call |= dict(zip(('height', 'width'), [side * FACTOR for side in SIDES]))
+      made(num_inference_steps=STEPS, output_type='pt', **call)
+    picture = decoded[-1][0] if isinstance(decoded[-1], tuple) else decoded[-1].sample
+    return dict(latents=np.stack(latents), picture=picture.numpy())
+
+  outputs = {}
+  for name, said in CASES.items():
+    for key, value in run(name, **said).items():
+      assert np.isfinite(value).all() and value.dtype == np.float64, (name, key)
+      outputs[f'{name}_{key}'] = value.astype(np.float32)
+    print(name, {k: (v.shape, round(float(v.std()), 3)) for k, v in outputs.items() if name in k})
+  versions = (
+    f'diffusers {diffusers.__version__}, transformers {transformers.__version__}, '
+    f'torch {torch.__version__}, numpy {np.__version__}'
+  )
+  np.savez_compressed(pathlib.Path(__file__).with_suffix('.npz'), versions=versions, **outputs)
+  print(versions)
+
+
+if __name__ == '__main__':
+  main()
