@@ -1,7 +1,12 @@
-"""Emoji of 64 pixels by their captions, in pixel space: text to image with nothing to download.
+"""Emoji of 64 pixels by their captions: text to image with nothing to download, on CPU cores.
 
   python -m diffax.main --config configs/emoji_text2image.py --workdir runs/emoji_text2image
   python -m diffax.main --workdir runs/emoji_text2image --mode sample --prompt "red heart"
+
+`full` denoises pixels; `latent` the latents of an autoencoder of configs/emoji_autoencoder.py, as
+`--mode export` wrote it into runs/emoji_autoencoder/export; `upscale` makes 64 pixels of 16, the
+second stage of a cascade. Each some two hours of two CPU cores; not run here to its end. A folder of your own with
+captions.jsonl: --config.data=captioned --config.data.path=DIR --config.data.size=64.
 """
 
 from typing import Literal
@@ -9,7 +14,7 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 
-def get_config(variant: Literal['full', 'smoke'] = 'full'):
+def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
   c = ConfigDict()
   c.seed = 0
   c.steps = 8_000
@@ -21,22 +26,39 @@ def get_config(variant: Literal['full', 'smoke'] = 'full'):
   c.schedule = dict(name='linear')
   c.prediction = dict(name='velocity')
   c.loss = dict(time=dict(name='logit_normal'), weight=dict(name='uniform'))
-
   c.model = dict(name='dit', patch=8, width=256, depth=6, heads=4, modulation='shared', text=256,
                  pooled=256)
 
   c.optimizer = dict(name='adamw', b2=0.99, weight_decay=0.01, clip=1.0)
   c.learning_rate = dict(
     name='warmup_cosine_decay_schedule', init_value=0.0, peak_value=8e-4, warmup_steps=300,
-    decay_steps=c.steps, end_value=1e-5,
+    decay_steps=8_000, end_value=1e-5,
   )
   c.ema = (0.999,)
   c.log_every, c.save_every = 100, 1_000
 
   prompts = ('flag: Norway', 'red heart', 'woman mage: dark skin tone', 'grinning cat')
+  sampler = dict(name='dpmpp_2m', steps=25)
   c.evals = dict(
-    prompts=dict(name='grid', every=1_000, rows=4, columns=8, prompts=prompts, guidance=4.0,
-                 sampler=dict(name='dpmpp_2m', steps=25)),
+    samples=dict(name='grid', every=1_000, rows=4, columns=8, prompts=prompts, guidance=4.0,
+                 sampler=sampler),
   )
-  c.sample = dict(count=32, guidance=4.0, sampler=dict(name='dpmpp_2m', steps=50))
+  c.sample = dict(count=32, guidance=4.0, sampler=sampler)
+
+  if variant == 'latent':
+    c.latent = dict(name='autoencoder', path='runs/emoji_autoencoder/export')
+    c.model.patch = 2
+  if variant == 'upscale':
+    c.given = dict(name='smaller', factor=4, noise=0.3)
+    c.model.image = 4
+    c.evals.samples.prompts = ()
+  if variant == 'smoke':  # the digits, whose captions are 'zero' to 'nine'
+    c.steps, c.batch_size, c.log_every, c.save_every = 4, 8, 2, 4
+    c.data = dict(name='digits', split='train')
+    c.text = dict(name='learned', vocab=300, length=8, width=16, depth=1, heads=2)
+    c.model.update(patch=2, width=16, depth=1, heads=2, text=16, pooled=16)
+    c.evals.samples.update(every=4, rows=1, columns=4, prompts=('seven', 'three'))
+    c.evals.samples.sampler = c.sample.sampler = dict(name='ddim', steps=2)
+    c.learning_rate.update(warmup_steps=1, decay_steps=4)
+    c.sample.count = 4
   return c

@@ -202,8 +202,11 @@ def sampling(conditions, groups, asked, keys, size):
       name = name.partition('_')[2] or 'cond'
       found[name] = found.get(name, {}) | part
   shared = {'size': jnp.broadcast_to(_size(*size), (b, 6))}
-  if conditions.given.show and all(k in asked for k in conditions.given.needs):
-    shared |= _shown(conditions, groups, conditions.given.show(asked, keys), keys)
+  if conditions.given.show:
+    record = asked.get('record')  # of the data, where the user gives no picture
+    given = conditions.given
+    shown = given.show(asked, keys) if record is None else given.train(record, keys)
+    shared |= _shown(conditions, groups, shown, keys)
   return {name: _taken(conditions, cond | shared) for name, cond in found.items()}
 
 

@@ -102,7 +102,7 @@ def smaller(factor=4, noise=0.3, drop=0.0) -> Given:
     return shown(small, level, draws[:, 1])
 
   show = lambda asked, keys: shown(asked['image'], asked['noise'], keys)
-  return Given(train, show, extra=1, scale=factor, latent=False, drop=drop)
+  return Given(train, show, ('image', 'noise'), extra=1, scale=factor, latent=False, drop=drop)
 
 
 def enlarge(x, factor):

@@ -44,6 +44,10 @@ class Latent(NamedTuple):
   factor: int = 1
   channels: int = 0
 
+  def encode(self, groups, pictures, keys):
+    """The z of pictures, drawn by keys [b] or, with None, the mean."""
+    return self.draw(self.moments(groups, pictures), keys)
+
 
 def none(source) -> Latent:
   """The pictures themselves."""

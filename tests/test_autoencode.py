@@ -1,4 +1,4 @@
-"""Training autoencoders: losses by hand, LPIPS and patches against references, runs on the digits."""
+"""Training autoencoders: losses by hand, LPIPS and patches against references, runs."""
 
 import pathlib
 import runpy

@@ -16,12 +16,11 @@ import safetensors.numpy
 from diffax import conditions
 from diffax import config as configs
 from diffax import noises
-from diffax import predictions
 from diffax import sample
 from diffax import samplers
 from diffax import schedules
 from diffax import train
-from diffax.build import build, ConfigError
+from diffax.build import build
 from diffax.convert import autoencoder
 from diffax.convert import dit
 from diffax.convert import latent_unet

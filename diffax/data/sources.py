@@ -33,6 +33,7 @@ from etils import epath
 import numpy as np
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+DIGITS = 'zero one two three four five six seven eight nine'.split()
 PIXELS = 10**8  # of an image file, at the most
 CAPTIONS = 'captions.jsonl'
 ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of `arrays`
@@ -74,7 +75,7 @@ class Source:
 
 
 def digits(split='train') -> Source:
-  """The UCI handwritten digits of scikit-learn, [8 8 1], 10 classes.
+  """The UCI handwritten digits of scikit-learn, [8 8 1], 10 classes, captions 'zero' to 'nine'.
 
   Args:
     split: 'test' is every fifth image (i % 5 == 4, 359 in all), 'train' the other 1438, or 'all'.
@@ -89,7 +90,8 @@ def digits(split='train') -> Source:
   return Source(
     read=functools.partial(_read_memory, images, labels),
     name_of=functools.partial(_record_name, f'digits/{split}'),
-    length=len(images), shape=images.shape[1:], classes=10)
+    length=len(images), shape=images.shape[1:], classes=10,
+    captions=tuple(DIGITS[label] for label in labels))
 
 
 def _read_memory(images, labels, i):

@@ -53,6 +53,8 @@ def dit(
   positions: str = 'sincos',
   base: int = 0,
   interpolation: float = 1.0,
+  image: int = 0,
+  mask: bool = False,
 ) -> nn.Module:
   """A DiT of free size.
 
@@ -68,6 +70,7 @@ def dit(
   positions: 'sincos' and 'rotary' (Su et al. 2021) are of any grid, 'learned' of one of up to
   `base` patches a side, of which a smaller one takes the middle. base, interpolation: stretch the
   coordinates of the first two, see `layers.coordinates`.
+  image, mask: channels of cond['image'], and whether there is a cond['mask'] of one, shown with x.
   Raises ValueError for a width that does not divide by the heads, or by 3 with `resolution`, and
   for names and sizes that there are not.
   """
@@ -91,7 +94,7 @@ def dit(
     )
   return DiT(
     patch, width, depth, heads, classes, mlp_ratio, dropout, remat, jnp.dtype(dtype), channels,
-    text, pooled, resolution, modulation, positions, base, interpolation,
+    text, pooled, resolution, modulation, positions, base, interpolation, image, mask,
   )
 
 
@@ -236,7 +239,8 @@ class DiT(nn.Module):
   """The network; see `dit` for its fields.
 
   x: [b *space c], any number of space axes. t: [b], about 0 to 1000. cond: dict, `label` int [b],
-  `text` [b m text], `text_mask` [b m], `pooled` [b pooled], `size` [b 6]. keys: [b] for dropout,
+  `text` [b m text], `text_mask` [b m], `pooled` [b pooled], `size` [b 6], `image` [b *space image],
+  `mask` [b *space 1]. keys: [b] for dropout,
   given in training alone. per_layer: what blocks are given one by one, each with a leading axis
   `depth` (see `Block`). channels: how many to return, 0 for as many as x has.
   Returns float32 [b *space channels]. Raises ValueError where the grid does not divide into
@@ -260,6 +264,8 @@ class DiT(nn.Module):
   positions: str = 'sincos'
   base: int = 0
   interpolation: float = 1.0
+  image: int = 0
+  mask: bool = False
 
   @nn.compact
   def __call__(self, x, t, cond, *, keys=None, per_layer=None):
@@ -268,6 +274,8 @@ class DiT(nn.Module):
     zeros = nn.initializers.zeros
     grid = [side // self.patch for side in space]
 
+    beside = [cond[name] for name in ('mask', 'image') if getattr(self, name)]
+    x = jnp.concatenate([x, *beside], axis=-1) if beside else x
     x = dense(self.width, 'patch_in', nn.initializers.xavier_uniform())(
       layers.patchify(x, self.patch)
     )

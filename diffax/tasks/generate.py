@@ -29,6 +29,8 @@ from diffax import schedules
 from diffax import times
 from diffax.build import build, ConfigError
 from diffax.config import SAMPLING
+from diffax.data import pipeline
+from diffax.data import transforms
 from diffax.models import layers
 from diffax.tasks import Drawing, Task
 
@@ -133,13 +135,15 @@ def _process(config):
 
 class Space(NamedTuple):
   """Where a network denoises: x of `shape` [h w c], of which `latent` (`latents.Latent`) makes data
-  of `pixels` [h w c]. encode: (groups of parameters, data, keys [b] or None) -> x0.
+  of `pixels` [h w c]. encode: (groups of parameters, data, keys [b] or None) -> x0. records: int
+  [b], numbers of samples -> pictures of the data in turn, float32 [b h w c].
   """
 
   shape: tuple
   pixels: tuple
   latent: latents.Latent
   encode: Callable
+  records: Callable
 
 
 def _space(config, source):
@@ -154,12 +158,16 @@ def _space(config, source):
   if source.dtype == np.uint8:
     for sides in config['data']['buckets']:
       latent.shape((*sides, shape[-1]))  # raises where they do not divide into latents
-    encode = lambda groups, x, keys: latent.draw(latent.moments(groups, x), keys)
-    return Space(latent.shape(shape), shape, latent, encode)
+    return Space(latent.shape(shape), shape, latent, latent.encode, partial(_records, source, size))
   pixels = *(side * latent.factor for side in shape[:-1]), 3
   if latent.channels:  # what is stored is `moments`
     shape = *shape[:-1], latent.channels
-  return Space(shape, pixels, latent, lambda groups, x, keys: latent.draw(x, keys))
+  return Space(shape, pixels, latent, lambda groups, x, keys: latent.draw(x, keys), None)
+
+
+def _records(source, size, index):
+  read = pipeline.read(source, size or None, 'raise', (index % len(source)).tolist())
+  return transforms.to_float(np.stack([picture for _, picture, _ in read]))
 
 
 def _told(config, source, model, space):
@@ -344,7 +352,7 @@ def _sampling(network, denoiser, first, learned, remembers):
       groups, times = {**frozen, **params}, grid(schedule) if learned else ts
       of_edit = noises.fold(keys, EDIT)
       conds = conditions.sampling(network.told, groups, asked, of_edit, pixels[:-1])
-      encode = lambda x: network.space.encode(groups, x, of_edit)
+      encode = lambda x: network.space.latent.encode(groups, x, of_edit)
       place = edits.Place(schedule, times, keys, asked, shape, encode, conds, denoise)
       guided = edit.wrap(place, _guided(place, edit, guide, settings, remembers and path))
       times, x = edit.begin(place)
@@ -353,7 +361,14 @@ def _sampling(network, denoiser, first, learned, remembers):
       return edit.finish(asked, network.space.latent.decode(groups, z))
 
     said = partial(conditions.said, network.told, prompts)
-    return Drawing(lambda index: ask(index) | edit.ask(index, small), draw, said)
+    def asks(index):
+      asked = ask(index) | edit.ask(index, small)
+      given = network.told.given
+      if given.train and not set(given.needs) <= set(asked):  # of the data's own, as in training
+        asked['record'] = network.space.records(index)
+      return asked
+
+    return Drawing(asks, draw, said)
 
   return sample
 
@@ -363,7 +378,7 @@ def _sizes(network, edit, settings, path):
   space, given, size = network.space, network.told.given, tuple(settings['size'])
   if len(size) not in (0, 2):
     raise ConfigError(f'config.{path}.size={size}: say (height, width) in pixels, () as trained')
-  if given.show and not edit.trained and 'image' not in (edit.needs or ()):
+  if given.show and not given.train and not set(given.needs) <= set(edit.needs):
     raise ConfigError(
       f'config.{path}.edit={settings["edit"]["name"]!r}: this network is told a picture; name an '
       'edit that has one, as inpaint, instruct or upscale'

@@ -3,8 +3,8 @@
   pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
   python tests/golden/pipelines.py            # writes tests/golden/pipelines.npz
 
-Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`), text
-encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the name of
+Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`),
+text encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the name of
 each component and tensor; noise from its role: `start`, where sampling begins, and `draw`, of the
 autoencoder's posterior. The references run in float64; where diffusers says float32 (its tables,
 some of its steps, its pictures), the name is bound to float64.
@@ -171,7 +171,7 @@ def sides(name):
 
 
 def special(number):
-  """{file: what it says} beside a tokenizer's vocabulary; the second's padding is `!`, as SDXL's."""
+  """{file: what it says} beside a vocabulary; the second's padding is `!`, as SDXL's."""
   pad = '!' if number else '<|endoftext|>'
   ends = dict(bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>')
   said = ends | dict(pad_token=pad)
