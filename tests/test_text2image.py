@@ -250,6 +250,37 @@ def test_latents(folder, tmp_path, capfd):
   assert checkpoint.present(tmp_path / 'run' / 'checkpoints') == [1, 2]
 
 
+# --- pictures that are given ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('given, words', [
+  ('masked', ('model.image=3', 'model.mask=true')),
+  ('smaller', ('model.image=4', 'given.factor=2')),
+])
+def test_given(folder, tmp_path, given, words):
+  """Training makes them of its own pictures, sampling of the user's, else of the data's."""
+  run = run_diffax.setup(*text(folder, f'given={given}', *words))
+  params = lively(run)
+  seen = losses(run, params)
+  net = params['net']['patch_in']['kernel'].reshape(2, 2, -1, 16)  # the picture's rows of it
+  deaf = {**params, 'net': {**params['net'], 'patch_in': {
+    **params['net']['patch_in'], 'kernel': net.at[:, :, 3:].set(0).reshape(-1, 16)}}}
+  assert np.isfinite(seen).all() and np.abs(seen - losses(run, deaf)).max() > 1e-4
+
+  Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / 'a.png')
+  Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / 'm.png')
+  one = "prompts=('red square',)"
+  if given == 'masked':
+    edit = ('edit=inpaint', f'edit.image={tmp_path / "a.png"}', f'edit.mask={tmp_path / "m.png"}')
+  else:
+    edit = ('edit=upscale', f'edit.image={tmp_path / "a.png"}', 'edit.noise=0.1')
+  mine, data = drawn(run, params, one, *edit)[0], drawn(run, params, one)[0]
+  assert mine.shape == data.shape == (4, 8, 8, 3)
+  assert np.abs(data[0] - data[1]).max() > 1e-4
+  if given == 'masked':  # what is not to be painted is the picture's
+    np.testing.assert_allclose(mine[0][~np.eye(8, dtype=bool)], 200 / 127.5 - 1, atol=1e-6)
+
+
 # --- captions -------------------------------------------------------------------------------------
 
 
