@@ -1,11 +1,10 @@
 """What we save, read by diffusers: the same outputs? Run by hand, in two environments.
 
-  python tests/golden/export.py write FOLDER     # ours: jax and diffax
-  python tests/golden/export.py read FOLDER      # theirs: torch 2.13.0, diffusers 0.42.1
+  python tests/golden/export_autoencoder.py write FOLDER     # ours: jax and diffax
+  python tests/golden/export_autoencoder.py read FOLDER      # theirs: diffusers 0.42.1
 
 `write` makes a folder of each model in the layout of diffusers, and beside it inputs and our
-outputs; `read` loads it as a user would and prints the largest relative differences. A family is a
-pair of functions, in `FAMILIES`.
+outputs; `read` loads it as a user would and prints the largest relative differences.
 """
 
 import json
@@ -18,7 +17,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 
-def write_autoencoder(folder):
+def write(folder):
   """The models of golden/autoencoder.py, of drawn weights; one in diffusers' early names too."""
   from golden import autoencoder as golden
   import jax
@@ -45,7 +44,7 @@ def write_autoencoder(folder):
     np.savez(into / 'outputs.npz', **{k: np.moveaxis(v, -1, 1) for k, v in out.items()})
 
 
-def read_autoencoder(folder):
+def read(folder):
   import diffusers
   import torch
 
@@ -61,14 +60,5 @@ def read_autoencoder(folder):
     print(path.name, {k: f'{error:.1e}' for k, error in apart.items()})
 
 
-FAMILIES = {'autoencoder': (write_autoencoder, read_autoencoder)}
-
-
-def main():
-  what, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-  for family, functions in FAMILIES.items():
-    functions[what == 'read'](folder / family)
-
-
 if __name__ == '__main__':
-  main()
+  {'write': write, 'read': read}[sys.argv[1]](pathlib.Path(sys.argv[2]))
