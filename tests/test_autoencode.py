@@ -1,4 +1,4 @@
-"""Training autoencoders: losses by hand, LPIPS and patches against references, runs."""
+"""Training autoencoders: losses by hand, LPIPS and patches against references, runs on digits."""
 
 import pathlib
 import runpy
@@ -58,6 +58,16 @@ def setup(*overrides, count=1):
   return train.setup(config(*overrides), jax.devices()[:count])
 
 
+@pytest.fixture(autouse=True, scope='module')
+def quick():
+  """Little optimization: compiling is nearly all that these tests take."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # of the processes, too
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 VQ = ('model.name=autoencoder_vq', 'model.codes=16')
 
 
@@ -82,25 +92,26 @@ def test_terms():
   x, net = np.asarray(batch['image']), run.task
   model = autoencoder.autoencoder_kl(
     8, (1, 2), 1, 2, 1, groups=4, remat='none', middle_attention=False)
-  apply = lambda method, v: model.apply({'params': state.params['net']}, v, method=method)
+  apply = jax.jit(lambda method, v: model.apply({'params': state.params['net']}, v, method=method),
+                  static_argnums=0)
   moments = np.asarray(apply('encode', x), np.float64)
   mean, logvar = moments[..., :2], moments[..., 2:]
   eps = np.stack([jax.random.normal(key, mean.shape[1:]) for key in keys])
   y = np.asarray(apply('decode', jnp.asarray(mean + np.exp(logvar / 2) * eps, jnp.float32)))
   nats = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3))
   critic = discriminator.patch_gan(4, 1, 4)
-  patches = lambda v: np.asarray(critic.apply({'params': state.params['disc']}, v))
-  looks = perceptual.random(1, (4, 8))
-  seen = np.asarray(perceptual.distance(
-    looks.maps(state.frozen['perceptual'], x), looks.maps(state.frozen['perceptual'], y)))
+  patches = jax.jit(lambda v: critic.apply({'params': state.params['disc']}, v))
+  maps = jax.jit(lambda v: perceptual.random(1, (4, 8)).maps(state.frozen['perceptual'], v))
+  seen = sum(
+    np.square(np.asarray(a) - b).mean((1, 2)).sum(-1) for a, b in zip(maps(x), maps(y)))
   plain = ((y - x)**2).mean((1, 2, 3)) + 1e-3 * nats / 64 + seen
+  loss = jax.jit(lambda state: net.loss(state.params, state, batch, keys))
   for step, weight in (2, 0.0), (3, 0.5):
-    now = state.replace(step=jnp.asarray(step))
-    losses, info = net.loss(now.params, now, batch, keys)
-    wanted = plain - weight * patches(y).mean((1, 2, 3))
+    losses, info = loss(state.replace(step=jnp.asarray(step)))
+    wanted = plain - weight * np.asarray(patches(y)).mean((1, 2, 3))
     np.testing.assert_allclose(losses, wanted, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(info['perceptual'], seen, rtol=1e-4)
-  losses, _ = net.phases[1].loss(state.params, state, batch, keys)
+  losses, _ = jax.jit(net.phases[1].loss)(state.params, state, batch, keys)
   hinge = (np.maximum(1 - patches(x), 0) + np.maximum(1 + patches(y), 0)).mean((1, 2, 3)) / 2
   np.testing.assert_allclose(losses, hinge, rtol=1e-4)
   assert min(nats.min(), seen.min(), hinge.min()) > 0.01  # none of it is nothing
@@ -109,28 +120,35 @@ def test_terms():
 def test_codebook():
   """The codebook moves to the latents by its loss alone, the encoder gets the decoder's gradient
   straight through; entries that nothing is near stay."""
-  run = setup('data.name=digits', *VQ, 'task.perceptual=none', 'task.discriminator.weight=0.0')
+  plain = ('data.name=digits', *VQ, 'task.perceptual=none', 'task.discriminator.weight=0.0',
+           'phases={}')
+  run = setup(*plain)
   assert set(run.like.params) == {'net'} and not run.task.phases and not run.like.frozen
   state, (batch, keys) = begin(run), batch_of(run)
   params = state.params
-  total = lambda params: run.task.loss(params, state, batch, keys)[0].sum()
-  losses, info = run.task.loss(params, state, batch, keys)
-  grads = jax.jit(jax.grad(total))(params)['net']
+
+  def gradient(run):
+    def total(params):
+      losses, info = run.task.loss(params, state, batch, keys)
+      return losses.sum(), info['latent']
+
+    (_, latent), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    return latent, grads['net']
+
+  latent, grads = gradient(run)
   model = autoencoder.autoencoder_vq(
     8, (1, 2), 1, 2, 16, 1, groups=4, remat='none', middle_attention=False)
-  z = np.asarray(model.apply({'params': params['net']}, batch['image'], method='encode'))
+  encode = jax.jit(lambda x: model.apply({'params': params['net']}, x, method='encode'))
+  z = np.asarray(encode(batch['image']))
   book = np.asarray(params['net']['codebook'])
   index = np.square(z[..., None, :] - book).sum(-1).argmin(-1)
   error = z - book[index]
   np.testing.assert_allclose(
-    info['latent'], 1.25 * np.square(error).mean((1, 2, 3)), rtol=1e-4)
+    latent, 1.25 * np.square(error).mean((1, 2, 3)), rtol=1e-4)
   wanted = np.zeros_like(book)
   np.add.at(wanted, index, -2 * error / z[0].size)  # of the mean over an example's values
   np.testing.assert_allclose(grads['codebook'], wanted, rtol=1e-4, atol=1e-7)
-  without = setup('data.name=digits', *VQ, 'task.perceptual=none',
-                  'task.discriminator.weight=0.0', 'task.commitment=0.0')
-  total = lambda params: without.task.loss(params, state, batch, keys)[0].sum()
-  through = jax.jit(jax.grad(total))(params)['net']['encoder']
+  through = gradient(setup(*plain, 'task.commitment=0.0'))[1]['encoder']
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(through))  # from the decoder alone
   assert not np.allclose(through['conv_in']['kernel'], grads['encoder']['conv_in']['kernel'])
 
@@ -167,12 +185,17 @@ def close(found, wanted, bound=1e-5):
   assert np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max() < bound
 
 
-def every_leaf_matters(function, params):
-  """A projection of what `function` makes of the parameters moves with each of them."""
-  grads = jax.jit(jax.grad(lambda params: (function(params) * 1.0).sum()))(params)
+def value_and_leaves(function, params):
+  """What `function` makes of the parameters; each of them moves a projection of it."""
+  def total(params):
+    value = function(params)
+    return value.sum(), value
+
+  (_, value), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   sizes = {sharding.name(path): float(jnp.linalg.norm(g))
            for path, g in jax.tree_util.tree_leaves_with_path(grads)}
   assert min(sizes.values()) > 1e-4 * max(sizes.values()), sizes
+  return np.asarray(value)
 
 
 def test_lpips(tmp_path):
@@ -185,19 +208,14 @@ def test_lpips(tmp_path):
   params = looks.frozen.load(looks.frozen.like())
   x, y = (jnp.asarray(v, jnp.float32) for v in golden['pictures']())
 
-  @jax.jit
   def compared(params):
     maps, others = looks.maps(params, x), looks.maps(params, y)
     return jnp.stack([perceptual.distance([a], [b]) for a, b in zip(maps, others)])
 
+  found = value_and_leaves(compared, params)
   with np.load(GOLDEN / 'lpips.npz') as known:
-    close(compared(params), known['layers'], 1e-4)
-    close(compared(params).sum(0), known['lpips'], 1e-4)
-  every_leaf_matters(compared, params)
-  np.testing.assert_array_equal(perceptual.distance(*[looks.maps(params, x[:1])] * 2), [0.0])
-  flat = jax.grad(lambda x: perceptual.distance(looks.maps(params, x), looks.maps(params, 0 * x))
-                  .sum())(jnp.zeros((1, 16, 16, 3)))
-  assert np.isfinite(flat).all()  # where maps are all 0, too
+    close(found, known['layers'], 1e-4)
+    close(found.sum(0), known['lpips'], 1e-4)
 
   stored = dict(safetensors.load_file(tmp_path / 'weights.safetensors'))
   stored['lin2.model.1.weight'] *= -1
@@ -205,7 +223,7 @@ def test_lpips(tmp_path):
   other = perceptual.lpips(3, str(tmp_path / 'negative.safetensors'))
   with pytest.raises(ConfigError, match='negative'):
     other.frozen.load(other.frozen.like())
-  stored.pop('features.5.bias')
+  stored = {name: np.zeros(1, np.float32) for name in stored if name != 'features.5.bias'}
   safetensors.save_file(stored, tmp_path / 'short.safetensors')
   with pytest.raises(ConfigError, match='features.5.bias'):
     perceptual.lpips(3, str(tmp_path / 'short.safetensors'))
@@ -213,11 +231,22 @@ def test_lpips(tmp_path):
     perceptual.lpips(4, str(tmp_path / 'weights.safetensors'))
 
 
+def test_black_maps():
+  """A place where no channel says anything counts nothing, and has a gradient."""
+  looks = vgg.LPIPS(((4, 1),))
+  params = looks.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+  params = jax.tree.map(jnp.zeros_like, params)
+  far = lambda x: perceptual.distance(looks.apply(params, x), looks.apply(params, x + 1)).sum()
+  value, gradient = jax.jit(jax.value_and_grad(far))(jnp.zeros((1, 16, 16, 3)))
+  assert value == 0 and not gradient.any()
+
+
 def test_grey_is_seen_as_grey():
   looks = vgg.LPIPS(((4, 1), (8, 1)))
   x = jax.random.uniform(jax.random.key(0), (1, 16, 16, 1))
-  params = looks.init(jax.random.key(1), x)
-  for a, b in zip(looks.apply(params, x), looks.apply(params, jnp.tile(x, (1, 1, 1, 3)))):
+  params = jax.jit(looks.init)(jax.random.key(1), x)
+  apply = jax.jit(looks.apply)
+  for a, b in zip(apply(params, x), apply(params, jnp.tile(x, (1, 1, 1, 3)))):
     np.testing.assert_array_equal(a, b)
 
 
@@ -233,19 +262,18 @@ def test_patches(tmp_path):
     return tensors.usual(path.partition('/')[0], path, shape)
 
   params, _ = drawn(like, stored, tmp_path)
-  apply = jax.jit(lambda params: model.apply({'params': params}, x))
+  found = value_and_leaves(lambda params: model.apply({'params': params}, x), params)
   with np.load(GOLDEN / 'lpips.npz') as known:
-    close(apply(params), known['patches'])
-  every_leaf_matters(apply, params)
+    close(found, known['patches'])
 
 
 def test_patches_of_one_are_those_of_a_batch():
   """No moments of the batch: an example's are its own."""
   model = discriminator.patch_gan(4, 2, 4)
   x = jax.random.normal(jax.random.key(0), (4, 16, 16, 1))
-  params = model.init(jax.random.key(1), x)
-  both = model.apply(params, x.at[1:].multiply(100.0))
-  np.testing.assert_allclose(both[:1], model.apply(params, x[:1]), rtol=1e-5, atol=1e-6)
+  params, apply = jax.jit(model.init)(jax.random.key(1), x), jax.jit(model.apply)
+  both = apply(params, x.at[1:].multiply(100.0))
+  np.testing.assert_allclose(both[:1], apply(params, x[:1]), rtol=1e-5, atol=1e-6)
   with pytest.raises(ValueError, match='12 at least'):
     model.apply(params, x[:, :8, :8])
 
@@ -288,8 +316,8 @@ def test_evaluation(trained):
   held = run_diffax.sources.digits('test')
   x = np.stack([held[i]['image'] for i in range(50)])
   params = sample.choose(state, '')
-  made = jax.device_get(run.task.reconstruct(params, state.frozen, jnp.asarray(x / 127.5 - 1,
-                                                                             jnp.float32)))
+  shown = jnp.asarray(x / 127.5 - 1, jnp.float32)
+  made = jax.device_get(jax.jit(run.task.reconstruct)(params, state.frozen, shown))
   y = np.rint(np.clip((made['image'].astype(np.float64) + 1) * 127.5, 0, 255))
   mse = np.square((x - y) / 255).mean((1, 2, 3))
   assert found['back/mse'] == pytest.approx(mse.mean(), rel=1e-3)
@@ -316,7 +344,7 @@ def test_samples_are_reconstructions(trained):
   held = run_diffax.sources.digits('test')
   x = jnp.stack([jnp.asarray(held[i]['image'], jnp.float32) / 127.5 - 1 for i in range(5, 8)])
   np.testing.assert_allclose(asked['image'], x, rtol=1e-6, atol=1e-6)
-  wanted = run.task.reconstruct(sample.choose(state, ''), state.frozen, x)['image']
+  wanted = jax.jit(run.task.reconstruct)(sample.choose(state, ''), state.frozen, x)['image']
   assert np.abs(pictures - (np.clip(wanted, -1, 1) + 1) * 127.5).max() < 0.51
   arrays, _ = sample.sample(run, workdir, 0)
   with np.load(arrays) as found:
@@ -331,7 +359,8 @@ def test_moments_of_a_gaussian():
   found = dict(pair for pair in evaluate.entries(run)['back'].evaluate(state, None) if pair)
   held = run_diffax.sources.digits('test')
   x = jnp.stack([jnp.asarray(held[i]['image'], jnp.float32) / 127.5 - 1 for i in range(8)])
-  made = jax.device_get(run.task.reconstruct(sample.choose(state, ''), state.frozen, x))
+  made = jax.device_get(
+    jax.jit(run.task.reconstruct)(sample.choose(state, ''), state.frozen, x))
   eps = np.random.default_rng(0).standard_normal((4000, *made['mean'].shape))
   draws = made['mean'] + np.sqrt(made['variance']) * eps
   assert found['back/latent_std'] == pytest.approx(draws.std(), rel=5e-3)
@@ -341,7 +370,8 @@ def test_moments_of_a_gaussian():
 def test_accumulation_and_mesh():
   """Both phases over the whole batch: the same in parts, and on eight devices."""
   plain = ('data.name=digits', 'task.discriminator.start=0', 'optimizer.name=sgd',
-           'phases.disc.optimizer=sgd', 'optimizer.clip=0.', 'learning_rate=0.1', 'log_every=1')
+           'phases.disc.optimizer=sgd', 'optimizer.clip=0.', 'learning_rate=0.1', 'log_every=1',
+           'model.multipliers=(1,)', 'task.perceptual.widths=(4,)')
 
   def one(*overrides, count=1):
     run = setup(*plain, *overrides, count=count)
@@ -361,7 +391,8 @@ def test_accumulation_and_mesh():
 def test_killed(tmp_path):
   """Killed between two checkpoints, the discriminator under way: the same bits at the end."""
   straight, workdir = tmp_path / 'straight', tmp_path / 'killed'
-  start = lambda folder, sleep: run_diffax.Process(folder, f'--config={THIS}', sleep=sleep)
+  arguments = f'--config={THIS}', '--config.model.multipliers=(1,)'
+  start = lambda folder, sleep: run_diffax.Process(folder, *arguments, sleep=sleep)
   process = start(straight, 0)
   assert process.end() == 0, process.text()
   process = start(workdir, 0.003)

@@ -23,6 +23,7 @@ SHAPES = {  # of what may not be here, by data set
   'celeb_a': (218, 178, 3, 0),
   'imagenet_resized/64x64': (64, 64, 3, 1000),
   'arrays': (32, 32, 4, 1000),
+  'emoji': (64, 64, 3, 0),
 }
 
 
@@ -37,10 +38,11 @@ REAL = [f'{path}:{variant}' for path in CONFIGS for variant in variants(path)[:-
 
 
 def blank(of: str, split='train') -> sources.Source:
-  """A source of the shape of `of` and no records: what setting up a run asks of one."""
+  """A source of the shape of `of`, of nothing but zeros: what setting up a run asks of one."""
   *shape, classes = SHAPES[of]
   dtype = np.dtype(np.float32 if of == 'arrays' else np.uint8)
-  return sources.Source(None, str, 2**20, tuple(shape), classes, dtype)
+  read = lambda i: (np.zeros(shape, dtype), 0)
+  return sources.Source(read, str, 2**20, tuple(shape), classes, dtype)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Task(NamedTuple):
   init: key -> params, a dict of groups of parameters ({'net': ...}). Reads no file; runs under jit.
   loss: (params, state, batch, keys) -> (losses [b], info). `params` alone is differentiated;
     `state` is the whole training state; keys [b], one an example. info: {name: [b]}, shown in
-    replay, among it `t` and `noise` (sigma / alpha).
+    replay, of a denoiser among it `t` and `noise` (sigma / alpha).
   sample: (settings, path) -> `Drawing`; checks the settings of a config's `sample` section or
     evaluation.
   classes: number of labels, 0 where there are none.

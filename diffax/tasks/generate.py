@@ -167,7 +167,7 @@ def _space(config, source):
 
 def _records(source, size, index):
   read = pipeline.read(source, size or None, 'raise', (index % len(source)).tolist())
-  return transforms.to_float(np.stack([picture for _, picture, _ in read]))
+  return transforms.to_float(np.stack([picture for _, picture, *_ in read]))
 
 
 def _told(config, source, model, space):
