@@ -4,10 +4,11 @@
   python tests/golden/pipelines.py            # writes tests/golden/pipelines.npz
 
 Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`),
-text encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the name of
-each component and tensor; noise from its role: `start`, where sampling begins, and `draw`, of the
-autoencoder's posterior. The references run in float64; where diffusers says float32 (its tables,
-some of its steps, its pictures), the name is bound to float64.
+text encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the
+name of each component and tensor; noise from its role: `start`, where sampling begins, and `draw`,
+of the autoencoder's posterior. The references run in float64; where diffusers says float32 (its
+tables, some of its steps, its pictures), the name is bound to float64. The sinusoids of DiT's times
+are those it was trained with, as in `golden/dit.py`.
 
 NAME_latents [steps b c h w] are those after each step, of a variance-preserving level: of Euler's
 method, whose x is x0 + sigma eps, divided by sqrt(1 + sigma^2). NAME_picture [b c h w] is what is
@@ -17,6 +18,7 @@ decoded, neither cut to [-1, 1] nor moved.
 import importlib
 import json
 import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -25,18 +27,16 @@ HERE = pathlib.Path(__file__).parent
 SIDES, FACTOR = (8, 12), 2  # of latents
 STEPS = 5
 VOCAB = len(json.loads((HERE / 'tokenizer' / 'vocab.json').read_text()))
-WITH, WITHOUT = 'CrossAttn{}Block2D', '{}Block2D'
 
 
 # --- components -----------------------------------------------------------------------------------
 
 
-def unet(attends=(1, 0), **options):
-  kinds = [WITH if a else WITHOUT for a in attends]
+def unet(**options):
   return dict(
     _class_name='UNet2DConditionModel', sample_size=8, in_channels=4, out_channels=4,
-    block_out_channels=[16, 32], down_block_types=[k.format('Down') for k in kinds],
-    up_block_types=[k.format('Up') for k in reversed(kinds)], layers_per_block=1,
+    block_out_channels=[16], down_block_types=['CrossAttnDownBlock2D'],
+    up_block_types=['CrossAttnUpBlock2D'], layers_per_block=1,
     norm_num_groups=8, cross_attention_dim=24, attention_head_dim=4,
   ) | options
 
@@ -58,8 +58,8 @@ VAE = dict(
 SD = dict(unet=unet(), vae=VAE, text_encoder=text())
 XL = dict(
   unet=unet(
-    (0, 1), cross_attention_dim=40, attention_head_dim=[1, 2], use_linear_projection=True,
-    transformer_layers_per_block=[1, 2], addition_embed_type='text_time',
+    cross_attention_dim=40, attention_head_dim=[2], use_linear_projection=True,
+    transformer_layers_per_block=[2], addition_embed_type='text_time',
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=20 + 6 * 256,
   ),
   vae=VAE | dict(scaling_factor=0.13025), text_encoder=text(),
@@ -112,10 +112,8 @@ CASES = dict(
     'StableDiffusion', SD, scheduler('DPMSolverMultistep', use_karras_sigmas=True),
     guidance_scale=4.0, negative_prompt=NEGATIVE),
   linspace=case(
-    'StableDiffusion', SD, scheduler('DPMSolverMultistep', final_sigmas_type='sigma_min'),
-    guidance_scale=4.0),
-  unipc=case(
-    'StableDiffusion', SD, scheduler('UniPCMultistep', timestep_spacing='leading'),
+    'StableDiffusion', SD, scheduler(
+      'DPMSolverMultistep', final_sigmas_type='sigma_min', lower_order_final=False),
     guidance_scale=4.0),
   rescaled=case(
     'StableDiffusion', SD, scheduler(
@@ -125,7 +123,6 @@ CASES = dict(
   rescaled_eps=case('StableDiffusion', SD, EULER, guidance_scale=7.5, guidance_rescale=0.5),
   pndm=case('StableDiffusion', SD, PNDM, guidance_scale=7.5),
   image=case('StableDiffusionImg2Img', SD, DDIM, guidance_scale=7.5, strength=0.6),
-  image_all=case('StableDiffusionImg2Img', SD, EULER, guidance_scale=3.0, strength=1.0),
   held=case('StableDiffusionInpaint', SD, EULER, guidance_scale=3.0, strength=0.8),
   inpaint=case(
     'StableDiffusionInpaint', SD | dict(unet=unet(in_channels=9)), DDIM, guidance_scale=7.5,
@@ -149,9 +146,11 @@ CASES = dict(
 def draw(component, name, shape):
   """Weights [out in ...] scaled to keep variance, norms about 1, biases of 0.1, tokens of 1/2.
 
-  Of an encoder's name without `text_model.`, with which some versions of it begin.
+  Of an encoder's name without `text_model.`, with which some versions of it begin; a DiT's
+  embeddings, a copy each block, are those of the first.
   """
-  seed = zlib.crc32(f'{component}/{name.removeprefix("text_model.")}'.encode())
+  name = re.sub(r'transformer_blocks\.\d+\.norm1\.emb\.', '', name.removeprefix('text_model.'))
+  seed = zlib.crc32(f'{component}/{name}'.encode())
   numbers = np.random.default_rng(seed).standard_normal(shape)
   if len(shape) == 1:
     return 0.1 * numbers + ('norm' in name and name.endswith('weight'))
@@ -247,6 +246,8 @@ def main():
       made = getattr(diffusers, kind)(
         scheduler=steps.from_config(scheduler), **components)
       made.set_progress_bar_config(disable=True)
+      for block in made.transformer.transformer_blocks if name == 'dit' else ():
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
       decoded = []
       decode = made.vae.decode
 
