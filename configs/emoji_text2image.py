@@ -5,8 +5,8 @@
 
 `full` denoises pixels; `latent` the latents of an autoencoder of configs/emoji_autoencoder.py, as
 `--mode export` wrote it into runs/emoji_autoencoder/export; `upscale` makes 64 pixels of 16, the
-second stage of a cascade. Each some two hours of two CPU cores; not run here to its end. A folder of your own with
-captions.jsonl: --config.data=captioned --config.data.path=DIR --config.data.size=64.
+second stage of a cascade. Each some two hours of two CPU cores; not run here to its end. A folder
+of your own with captions.jsonl: --config.data=captioned --config.data.path=DIR.
 """
 
 from typing import Literal

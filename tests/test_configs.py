@@ -14,6 +14,9 @@ from diffax import config as configs
 from diffax import evaluate
 from diffax import main
 from diffax import train
+from diffax.build import build
+from diffax.convert import autoencoder as stored
+from diffax.convert import tensors
 from diffax.data import sources
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -42,7 +45,19 @@ def blank(of: str, split='train') -> sources.Source:
   *shape, classes = SHAPES[of]
   dtype = np.dtype(np.float32 if of == 'arrays' else np.uint8)
   read = lambda i: (np.zeros(shape, dtype), 0)
-  return sources.Source(read, str, 2**20, tuple(shape), classes, dtype)
+  captions = ('a', 'b') if of == 'emoji' else None
+  return sources.Source(read, str, 2**20, tuple(shape), classes, dtype, captions=captions)
+
+
+def autoencoder(folder):
+  """A folder of the autoencoder that configs/emoji_autoencoder.py trains, of zeros."""
+  spec = configs.load(run_diffax.ROOT / 'configs' / 'emoji_autoencoder.py')['model']
+  model = build('diffax.models', spec, path='model')
+  like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like['params'])
+  tensors.save(folder / 'diffusion_pytorch_model.safetensors', params, stored.stored(model))
+  (folder / 'config.json').write_text(json.dumps(stored.to_config(spec)))
+  return str(folder)
 
 
 @pytest.fixture
@@ -75,7 +90,7 @@ def test_smoke(path, tmp_path, request, quick):
 
 
 @pytest.mark.parametrize('path', REAL, ids=lambda path: pathlib.Path(path).name)
-def test_the_real_thing_sets_up(path):
+def test_the_real_thing_sets_up(path, tmp_path):
   """All of a recipe that needs no records: its network, optimizer, evaluations and sampling."""
   config = configs.complete(configs.load(path))
   data = config['data']
@@ -83,6 +98,8 @@ def test_the_real_thing_sets_up(path):
   if data['name'] != 'digits':
     config['data'] = dict(name='test_configs.blank', of=data.get('dataset', data['name']), **kept)
     config['data']['split'] = data['split']
+  if config['latent']['name'] == 'autoencoder':
+    config['latent']['path'] = autoencoder(tmp_path)
   run = train.setup(configs.complete(config))
   assert set(evaluate.entries(run)) == set(config['evals'])
   assert config['evals']['samples']['every']
