@@ -114,7 +114,14 @@ def resolve(values, overrides, workdir):
       )
     from diffax.convert import pipelines
 
-    return configs.override(pipelines.config(values.weights, jax.device_count()), overrides)
+    config = configs.override(pipelines.config(values.weights, jax.device_count()), overrides)
+    if config['given']['name'] != 'none' and config['sample']['edit']['name'] == 'none':
+      raise ConfigError(
+        f'--weights={values.weights}: this network is told a picture: say --config.sample.edit='
+        "inpaint, or instruct where it was trained to, and the edit's files, as "
+        '--config.sample.edit.image=FILE'
+      )
+    return config
   if values.config:
     config = configs.override(configs.load(values.config), overrides)
   elif old:

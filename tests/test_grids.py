@@ -113,6 +113,24 @@ def test_indices_of_a_table(grid, steps, expected):
   assert indices(grid(TABLE, steps)) == expected
 
 
+@pytest.mark.parametrize('grid, expected', [
+  (functools.partial(grids.leading, offset=1), [801, 601, 401, 201, 1, 0]),
+  (grids.trailing, [999, 799, 599, 399, 199, 0]),
+  (functools.partial(grids.linspace, short=True), [999, 799, 599, 400, 200, 0]),
+])
+def test_ends_at_the_first_level(grid, expected):
+  """Stable Diffusion's set_alpha_to_one=False: index 0 of the table in place of clean data."""
+  ts = np.asarray(grid(TABLE, 5, clean=False), float)
+  np.testing.assert_allclose(ts * 1000 - 1, expected, atol=1e-3)
+  np.testing.assert_array_equal(ts[:-1], grid(TABLE, 5)[:-1])
+
+
+def test_linspace_between_levels():
+  """k-diffusion's `DiscreteSchedule.get_sigmas`, 5 of 1000 levels."""
+  ts = np.asarray(grids.linspace(TABLE, 5, whole=False), float)
+  np.testing.assert_allclose(ts[:-1] * 1000 - 1, [999, 749.25, 499.5, 249.75, 0], atol=1e-3)
+
+
 @pytest.mark.parametrize('grid', [grids.leading, grids.trailing, grids.linspace])
 def test_as_many_steps_as_the_table_has(grid):
   assert indices(grid(TABLE, 1000)) == list(range(999, -1, -1))
@@ -182,6 +200,9 @@ def test_a_grid_has_steps(grid):
   (lambda s: grids.trailing(s, 51, train_steps=50), 'train_steps=50'),
   (lambda s: grids.linspace(s, 2000), 'train_steps=1000'),
   (lambda s: grids.leading(s, 1000, offset=1), 'offset=1'),
+  (lambda s: grids.leading(s, 1000, short=True), 'train_steps=1000'),
+  (lambda s: grids.leading(s, 10, clean=False), 'offset=1'),
+  (lambda s: grids.linspace(s, 10, clean=False), 'index 0'),
   (lambda s: grids.leading(s, 10, offset=100), '0 ... 99'),
   (lambda s: grids.leading(s, 10, offset=-1), 'offset=-1'),
   (lambda s: grids.leading(schedules.linear_table(steps=50), 10), 'train_steps'),

@@ -319,11 +319,14 @@ def same_x(told, level, x=WIDE):
   np.testing.assert_allclose(level.alpha * told.x0 + level.sigma * told.eps, x, atol=2e-5)
 
 
-def test_rescale():
-  """v has the conditional one's deviation at phi = 1, that of cfg at 0, between them in between."""
+@pytest.mark.parametrize('of', ['v', 'eps'])
+def test_rescale(of):
+  """v, or eps, has the conditional one's deviation at phi = 1, that of cfg at 0, between them in
+  between."""
   level = schedules.vp()(0.6)
-  v = lambda told: of_example(level.alpha * told.eps - level.sigma * told.x0)
-  rescaled = fast(lambda phi: guidance.rescale(field, GOOD, BAD, 6., phi)(WIDE, level))
+  v = lambda told: of_example(
+    told.eps if of == 'eps' else level.alpha * told.eps - level.sigma * told.x0)
+  rescaled = fast(lambda phi: guidance.rescale(field, GOOD, BAD, 6., phi, of)(WIDE, level))
   plain, guided = field(WIDE, level, GOOD), guidance.cfg(field, GOOD, BAD, 6.)(WIDE, level)
   assert (v(guided).std(1) > 2 * v(plain).std(1)).all()
   direction = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
@@ -333,6 +336,11 @@ def test_rescale():
     np.testing.assert_allclose(v(told).std(1), want, rtol=1e-5)
     np.testing.assert_allclose(direction(v(told)), direction(v(guided)), atol=1e-5)
     same_x(told, level)
+
+
+def test_rescale_of_what():
+  with pytest.raises(ValueError, match="of='x0' is none of v, eps"):
+    guidance.rescale(field, GOOD, BAD, 6., of='x0')
 
 
 def test_cfg_pp_by_hand(x64):

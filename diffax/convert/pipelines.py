@@ -105,8 +105,9 @@ def config(path, batch_size=1):
                         f'{", ".join(GIVENS)}')
     made['given'] = dict(name=GIVENS[kind])
   made |= _process(path, said)
+  guidance = 5.0 if 'text_encoder_2' in index else 7.5 if 'text' in made else 4.0
   made['sample'] = dict(
-    count=1, batch_size=1, guidance=7.5 if 'text' in made else 4.0, sampler=_sampler(path, kind))
+    count=1, batch_size=1, guidance=guidance, sampler=_sampler(path, kind))
   return made
 
 
