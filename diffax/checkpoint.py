@@ -124,19 +124,31 @@ def _place(shape):
   return place
 
 
-def _changed(folder, step, tree):
-  """The paths of arrays that are not those whose checksums a checkpoint holds."""
+def _written(folder, step):
+  """{path: checksum} that a checkpoint holds, None where it holds none."""
   file = _absolute(folder) / str(step) / 'check' / 'metadata'
   if not file.exists():
     logging.warning('checkpoint %d is of a version without checksums: not verified', step)
-    return []
-  written = json.loads(file.read_text())
-  return [path for path, sum_ in checksums(tree).items() if written.get(path) != sum_]
+    return None
+  return json.loads(file.read_text())
+
+
+def _changed(written, tree):
+  """The paths of arrays that are not those whose checksums were written."""
+  sums = {} if written is None else checksums(tree)
+  return [path for path, sum_ in sums.items() if written.get(path) != sum_]
 
 
 def same(folder, step, tree):
-  """Raises ConfigError where arrays that a run is given are not those it had at `step`."""
-  changed = _changed(folder, step, tree) if jax.tree.leaves(tree) else []
+  """Raises ConfigError where arrays that a run is given are not those it had at `step`.
+
+  tree: {branch: {name: parameters}}. Names that it had none of then may be anything: of an encoder
+  that is there to sample from a run trained on what it said.
+  """
+  written = _written(folder, step) if jax.tree.leaves(tree) else None
+  name = lambda path: path.split('/')[:2]
+  had = [name(path) for path in written or ()]
+  changed = [path for path in _changed(written, tree) if name(path) in had]
   if changed:
     raise ConfigError(
       f'{len(changed)} weights are not those that the checkpoint of step {step} in {folder} was '
@@ -147,7 +159,7 @@ def same(folder, step, tree):
 
 def _verify(folder, step, tree):
   """Raises ValueError where arrays read are not those that were written."""
-  changed = _changed(folder, step, tree)
+  changed = _changed(_written(folder, step), tree)
   if changed:
     raise ValueError(
       f'{len(changed)} arrays are not what was written, among them {", ".join(changed[:3])}'

@@ -20,7 +20,7 @@ class Conditions(NamedTuple):
   """classes: of labels, 0 for none. text: a `texts.Text`. captions: of the data, None for none.
   given: a `givens.Given`. encode: (groups, pictures, keys) -> z; mean: (groups, pictures) -> the
   mean of what is encoded, before shift and scale. factor: pixels a side of what x has one of. told:
-  names in cond that the network takes.
+  names in cond that the network takes. pixels: [h w c] of the pictures.
   """
 
   classes: int
@@ -31,6 +31,7 @@ class Conditions(NamedTuple):
   mean: Callable
   factor: int
   told: tuple
+  pixels: tuple
 
   @property
   def any(self):
@@ -100,12 +101,12 @@ def training(conditions, groups, batch, keys, drop):
   groups: {name: parameters} that a text encoder may find its own in. keys: [b], for what is given.
   """
   cond, text, given = {}, conditions.text, conditions.given
-  h, w = batch['image'].shape[1:3]
-  cond['size'] = batch.get('size', jnp.broadcast_to(_size(h, w), (len(drop), 6)))
+  size = _size(*conditions.pixels[:2])
+  cond['size'] = batch.get('size', jnp.broadcast_to(size, (len(drop), 6)))
   if conditions.classes:
     cond['label'] = jnp.where(drop, conditions.classes, batch['label'])
   if text.encode:
-    null = text.tokenize([''])
+    null = text.null or text.tokenize([''])
     tokens = {k: jnp.where(_wide(drop, batch[k]), null[k], batch[k]) for k in null}
     cond |= text.encode(groups, tokens)
   if given.train:

@@ -159,6 +159,8 @@ DEFAULTS = dict(
   watchdog=45.0,  # seconds after which a host that stands still ends the run; 0 is never
   evals={},
   sample=dict(count=64, **SHOWN),
+  # of --mode encode: records a device and a part at a time, and of which floats
+  encode=dict(batch_size=8, part=8192, dtype='float16'),
 )
 
 # What a run may change and still be the same run: the rest decides the numbers it computes.
@@ -175,9 +177,11 @@ FREE = (
   'keep',
   'evals',
   'sample',
+  'encode',
   'data.workers',
   'model.remat',
   'text.tokenizer',
+  'text.of',  # of cached embeddings, that sampling may ask for others
 )
 
 

@@ -6,10 +6,11 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 bring latents to about mean 0 and deviation 1, as schedules expect; they are the autoencoder's own
 and are used here alone: every other module sees z. A function `(source, ...) -> Latent`:
 
-  none         the pictures themselves
+  none         the pictures themselves; of a latent data set its latents, and samples stay such
   autoencoder  a KL or VQ autoencoder of a folder of weights, frozen
 """
 
+from functools import partial
 from typing import NamedTuple
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ class Latent(NamedTuple):
   keys [b], or None for the mean) -> z [b h w c]. mean: moments -> that mean before shift and scale.
   decode: (groups, z) -> pictures. shape: that of a picture -> that of its z. frozen: see
   `tasks.Task`. factor: pixels of a picture a side of a latent. channels: of z, 0 for those of the
-  pictures.
+  pictures. identity: () -> plain data that says what moments are by; it reads files.
   """
 
   moments: Callable = lambda groups, x: x
@@ -43,6 +44,7 @@ class Latent(NamedTuple):
   frozen: dict = {}
   factor: int = 1
   channels: int = 0
+  identity: Callable = dict
 
   def encode(self, groups, pictures, keys):
     """The z of pictures, drawn by keys [b] or, with None, the mean."""
@@ -50,19 +52,34 @@ class Latent(NamedTuple):
 
 
 def none(source) -> Latent:
-  """The pictures themselves."""
-  del source
-  return Latent()
+  """The pictures themselves; of `sources.latents` draws of them, which are not decoded."""
+  made = getattr(source, 'made', None)
+  if made is None:
+    return Latent()
+  model = build('diffax.models', stored.from_config(made['latent']['config']), path='latent')
+  return Latent(
+    moments=_unknown, draw=partial(_draw, model, True),
+    shape=lambda of: (*of[:-1], model.latent), channels=model.latent,
+  )
+
+
+def _unknown(groups, x):
+  raise ConfigError(
+    "config.latent='none': pictures cannot become latents without the autoencoder; say "
+    '--config.latent=autoencoder --config.latent.path=DIR, the one of the data'
+  )
 
 
 def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   """The latents of an autoencoder in a folder as diffusers writes them, config.json and tensors.
 
   sample: whether training draws from the posterior or takes its mean. dtype: of its matrix products
-  and convolutions. Raises ConfigError for a folder that holds none.
+  and convolutions. Raises ConfigError for a folder that holds none, and for one that did not make
+  the latents of a latent data set.
   """
+  config = tensors.config_json(path)
   try:
-    spec = stored.from_config(tensors.config_json(path)) | {'dtype': dtype}
+    spec = stored.from_config(config) | {'dtype': dtype}
   except ValueError as error:
     raise ConfigError(f'config.latent.path={path}: {error}') from error
   model, files = build('diffax.models', spec, path='latent'), tensors.find(path)
@@ -73,19 +90,11 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
       f'{source.shape[-1]}'
     )
 
+  identity = lambda: {'config': config, 'sha256': tensors.digest(files), 'dtype': dtype}
+  _same(source, path, identity)
+
   def apply(groups, x, method):
     return model.apply({'params': groups['autoencoder']}, x, method=method)
-
-  def mean(moments):
-    codes = moments.shape[-1] == model.latent  # of a codebook
-    return moments if codes else autoencoders.posterior(moments)[0]
-
-  def draw(moments, keys):
-    z = mean(moments)
-    if sample and keys is not None and z.shape != moments.shape:
-      std = jnp.exp(autoencoders.posterior(moments)[1] / 2)
-      z += std * noises.normal(keys, z.shape[1:])
-    return (z - model.shift) * model.scale
 
   def shape(of):
     if any(side and side % model.factor for side in of[:-1]):
@@ -99,9 +108,49 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     return jax.eval_shape(model.init, jax.random.key(0), x)['params']
 
   return Latent(
-    moments=lambda groups, x: apply(groups, x, 'encode'), draw=draw, mean=mean,
+    moments=lambda groups, x: apply(groups, x, 'encode'), draw=partial(_draw, model, sample),
+    mean=partial(_mean, model),
     decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'), shape=shape,
     frozen={'autoencoder': Frozen(
       like, lambda like: tensors.load(files, like, place, stored.IGNORED))},
-    factor=model.factor, channels=model.latent,
+    factor=model.factor, channels=model.latent, identity=identity,
   )
+
+
+def _mean(model, moments):
+  codes = moments.shape[-1] == model.latent  # of a codebook
+  return moments if codes else autoencoders.posterior(moments)[0]
+
+
+def _draw(model, sample, moments, keys):
+  """z of what an autoencoder knows of it; see `Latent`."""
+  z = _mean(model, moments)
+  if sample and keys is not None and z.shape != moments.shape:
+    std = jnp.exp(autoencoders.posterior(moments)[1] / 2)
+    z += std * noises.normal(keys, z.shape[1:])
+  return (z - model.shift) * model.scale
+
+
+def spread(config, moments):
+  """(mean, variance) [.. z] of the z that is drawn of moments [.. k], numpy in their precision.
+
+  config: of the autoencoder, as its `identity` says.
+  """
+  spec = stored.from_config(config)
+  model = build('diffax.models', spec, path='latent')
+  mean, logvar = moments[..., : model.latent], moments[..., model.latent :]
+  variance = np.exp(np.clip(logvar, *autoencoders.LOGVAR)) if logvar.shape[-1] else 0 * mean
+  return (mean - model.shift) * model.scale, variance * model.scale**2
+
+
+def _same(source, path, identity):
+  """Raises ConfigError where latents were made by another autoencoder than the one in `path`."""
+  made = getattr(source, 'made', None)
+  if made is None:
+    return
+  there, here = made['latent']['sha256'], identity()['sha256']
+  if there != here:
+    raise ConfigError(
+      f'config.latent.path={path} is another autoencoder (sha256 {here[:12]}) than the one that '
+      f'made {made["path"]} ({there[:12]}): name the folder of that one, or encode anew'
+    )

@@ -1,4 +1,4 @@
-"""The door: trains, samples, evaluates or replays what a config describes.
+"""The door: trains, samples, evaluates, replays or encodes what a config describes.
 
   python -m diffax.main --config configs/digits.py --workdir runs/digits
   python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
@@ -8,9 +8,11 @@
   python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
   python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
+  python -m diffax.main --config configs/x.py --mode encode --workdir data/x_latents
 
 `reference` computes what evaluations need of the data alone, once, into the cache ($DIFFAX_CACHE,
-or ~/.cache/diffax); `evaluate` and training do so themselves where it is not there.
+or ~/.cache/diffax); `evaluate` and training do so themselves where it is not there. `encode` makes
+a latent data set of the config's data in --workdir (`diffax.encode`).
 
 Where the environment tells of several hosts (`diffax.hosts.start`), each is started with the same
 command. `--profile.start=100 --profile.steps=5` traces training steps for TensorBoard or Perfetto.
@@ -35,7 +37,8 @@ from diffax import config as configs
 from diffax import hosts
 from diffax.build import ConfigError, near
 
-MODES = ('train', 'sample', 'evaluate', 'reference', 'replay')
+MODES = ('train', 'sample', 'evaluate', 'reference', 'replay', 'encode')
+BEGINS = ('train', 'reference', 'encode')  # where there may be no workdir yet
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -260,7 +263,7 @@ def _run(argv):
   hosts.start()
   _cache_programs()
   workdir = epath.Path(values.workdir)
-  if not values.weights and values.mode not in ('train', 'reference') and not workdir.exists():
+  if not values.weights and values.mode not in BEGINS and not workdir.exists():
     raise ConfigError(
       f'--workdir={workdir}: no such folder; --mode {values.mode} needs a trained run'
     )
@@ -285,6 +288,10 @@ def _run(argv):
       hosts.say(evaluate.evaluate(run, workdir, values.step, values.evals))
     else:
       evaluate.prepare(run, values.evals)
+  elif values.mode == 'encode':
+    from diffax import encode
+
+    encode.encode(config, workdir)
   else:
     from diffax import replay
 

@@ -38,13 +38,20 @@ def other(run, split, path):
       f'config.{path}.split={split!r}: data {data["name"]!r} has no splits; write one whose '
       'function takes `split`'
     )
-  return build('diffax.data.sources', {**data, 'split': split}, path=f'{path}.split')
+  found = build('diffax.data.sources', {**data, 'split': split}, path=f'{path}.split')
+  by = lambda source: [(getattr(source, 'made', None) or {}).get(k) for k in ('latent', 'text')]
+  if by(found) != by(run.source):
+    raise ConfigError(
+      f'config.{path}.split={split!r}: its latents or embeddings were made by other weights than '
+      'those of the data: encode it anew'
+    )
+  return found
 
 
 def images(source, index, size):
   """(images [n h w c], labels int32 [n]) of the records `index`, scaled to a `size` that is not 0.
   """
-  _, pictures, labels, _ = zip(*pipeline.read(source, size or None, 'raise', index.tolist()))
+  _, pictures, labels, _, _ = zip(*pipeline.read(source, size or None, 'raise', index.tolist()))
   return np.stack(pictures), np.asarray(labels, np.int32)
 
 

@@ -35,7 +35,7 @@ def last(state):
 def drawer(run, settings, path, drawing=None):
   """A function `(state, count, start=0) -> (x [count h w c], asked)`, compiled once.
 
-  It draws the samples `start`, `start + 1`, ...: uint8, or float32 where the data is floats. asked:
+  It draws the samples `start`, `start + 1`, ...: uint8, or float32 where they are latents. asked:
   {name: [count ...]}, what was asked of each (`tasks.Drawing`). settings: a `sample` section or
   evaluation of the config, `path` its place; drawing: the task's of them, where it is at hand.
   Raises ConfigError.
@@ -47,7 +47,8 @@ def drawer(run, settings, path, drawing=None):
   like = _like(run.like, used)
   drawing = drawing or run.task.sample(settings, path)
   batch = sharding.batch(run.mesh)
-  finish = transforms.to_uint8 if run.source.dtype == np.uint8 else np.asarray
+  pictures = run.source.dtype == np.uint8 or drawing.decoded
+  finish = transforms.to_uint8 if pictures else np.asarray
 
   @jax.jit
   def generate(params, frozen, index, asked):

@@ -6,10 +6,12 @@ A function `(source, ...) -> Text` gives what a task asks for:
   learned   a byte-level BPE of the data's own captions, and a small transformer that is trained
             along with the network: nothing to download
   clip      the encoders of a released model's folder, one or two, frozen
+  cached    what frozen encoders said of the captions of a latent data set
 
 The null condition is data, the empty prompt, and a negative prompt is another.
 """
 
+import hashlib
 import os
 from typing import Any, NamedTuple
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import numpy as np
 from diffax.build import build, ConfigError
 from diffax.convert import tensors
 from diffax.convert import text as stored
+from diffax.data import parts
 from diffax.data import tokenizers
 from diffax.models import attention as attentions
 from diffax.models import text as texts
@@ -35,6 +38,9 @@ class Text(NamedTuple):
   -> {group: parameters} that are trained along. frozen: {group: `tasks.Frozen`} of those that are
   not. channels, pooled: channels of 'text' and 'pooled', 0 for none. cut: prompt -> what of it is
   beyond the longest, '' for nothing. record: {file: text} that a run keeps, to be the same later.
+  null: {name: numpy [1 ...]}, where batches carry such arrays of the records in place of tokens,
+  those of the empty prompt; `encode` takes either. identity: () -> plain data that says what
+  conditions are by; it reads files.
   """
 
   tokenize: Callable | None = None
@@ -45,6 +51,8 @@ class Text(NamedTuple):
   pooled: int = 0
   cut: Callable = lambda prompt: ''
   record: dict = {}
+  null: dict = {}
+  identity: Callable = dict
 
 
 def none(source) -> Text:
@@ -129,7 +137,59 @@ def clip(source, path: str, zeros=False, dtype='float32') -> Text:
     channels=sum(each.model.width for each in named.values()),
     pooled=last.projection or last.width,
     cut=lambda prompt: next(iter(named.values())).tokenizer.encode([prompt])[2][0],
+    identity=lambda: {
+      'name': 'clip', 'zeros': zeros, 'dtype': dtype,
+      'encoders': [each.identity() for each in named.values()]},
   )
+
+
+def cached(source, of=None) -> Text:
+  """Embeddings that `source`, a latent data set, holds of its captions; nothing is encoded.
+
+  of: the text they were made by, whose encoders sampling then asks of any prompt. Without one there
+  are none to load, and only captions of the data can be sampled. Raises ConfigError where the data
+  holds no embeddings, or those of another text.
+  """
+  made = getattr(source, 'made', None)
+  if made is None or not made['text']:
+    raise ConfigError(
+      'config.text=cached: this data holds no embeddings; encode it (--mode encode) with frozen '
+      'encoders, as --config.text=clip, and take data=latents'
+    )
+  if of is not None and _without_dtype(of.identity()) != _without_dtype(made['text']):
+    raise ConfigError(
+      f'config.text.of: other encoders or tokenizers than those that made the embeddings of '
+      f'{made["path"]}: name those, or encode anew'
+    )
+  null = parts.null(made['path'], made)
+
+  def encode(groups, tokens):
+    if null.keys() - tokens.keys():
+      return of.encode(groups, tokens)
+    floats = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return {name: floats(tokens[name]) for name in null}
+
+  size = lambda name: null[name].shape[-1] if name in null else 0
+  known = dict(channels=size('text'), pooled=size('pooled'), null=null, encode=encode)
+  if of is not None:
+    return of._replace(**known)
+  number = {caption: i for i, caption in enumerate(source.captions)}
+
+  def look(prompts):
+    unknown = [prompt for prompt in prompts if prompt and prompt not in number]
+    if unknown:
+      raise ConfigError(
+        f'config.text=cached: {unknown[0]!r} is no caption of the data; for other prompts name the '
+        'encoders, as --config.text.of=clip --config.text.of.path=DIR'
+      )
+    asked = [source[number[p]] if p else {k: x[0] for k, x in null.items()} for p in prompts]
+    return {name: np.stack([one[name] for one in asked]) for name in null}
+
+  return Text(look, **known)
+
+
+def _without_dtype(identity):
+  return {k: v for k, v in identity.items() if k != 'dtype'}
 
 
 class Encoder(NamedTuple):
@@ -138,6 +198,7 @@ class Encoder(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   model: Any
   frozen: Frozen
+  identity: Callable
 
 
 def _clip(path, number, several, dtype):
@@ -158,8 +219,12 @@ def _clip(path, number, several, dtype):
     tokens = jnp.zeros((1, model.length), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
 
-  return Encoder(
-    tokenizer, model, Frozen(like, lambda like: tensors.load(files, like, place, stored.IGNORED)))
+  def identity():
+    words = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    return {'config': said, 'sha256': tensors.digest(files), 'tokenizer': words}
+
+  load = lambda like: tensors.load(files, like, place, stored.IGNORED)
+  return Encoder(tokenizer, model, Frozen(like, load), identity)
 
 
 class Tokenize(NamedTuple):

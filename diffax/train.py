@@ -274,6 +274,7 @@ def _batch_like(run, shape):
   def batch():
     b = shape[0]
     tokens = run.task.tokenize([''] * b) if run.task.tokenize else {}
+    tokens |= {k: jnp.zeros((b, *x.shape[1:]), x.dtype) for k, x in run.task.carry.items()}
     size = {'size': jnp.zeros((b, 6), jnp.int32)} if run.config['data']['buckets'] else {}
     label, index = jnp.zeros((2, b), jnp.int32)
     return {'image': jnp.zeros(shape), 'label': label, 'index': index, **tokens, **size}
@@ -285,6 +286,7 @@ def _data_options(config, task):
   data = config['data']
   return dict(
     tokenize=task.tokenize,
+    carry=tuple(task.carry),
     batch_size=config['batch_size'],
     seed=config['seed'],
     size=data['size'] or None,

@@ -18,7 +18,8 @@ LAYERS = {
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
                 'images', 'tiles', 'convert'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'perceptual', 'texts'),
-  'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals'),
+  'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals',
+            'encode'),
   'doors': ('main',),
 }
 LOWER = ('mathematics', 'models', 'data', 'machinery')

@@ -12,8 +12,8 @@ restarting at a step changes nothing else. A batch is
   label  int32 [b]
   index  int32 [b], the record's number in the source; `source.name_of` names it
 
-and what `tokenize` makes of the captions, where there is one. Images of several sizes may be
-trained at several shapes, `buckets`, a shape a batch, see `turn`; the batch then has
+and what `tokenize` makes of the captions, or what `carry` names of the records. Images of several
+sizes may be trained at several shapes, `buckets`, a shape a batch, see `turn`; the batch then has
 
   size   int32 [b 6], height and width of the record, top and left of what was cut out of it once it
          was scaled, height and width of that (Podell et al. 2023, "SDXL", sec. 2.2)
@@ -151,7 +151,7 @@ def _turns(counts, seed, epoch):
 
 
 def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', rows=None,
-          tokenize=None, shapes=()):
+          tokenize=None, carry=(), shapes=()):
   """Every step's batch by random access: `steps(...)[k]` is what is wanted of step k.
 
   Args:
@@ -159,11 +159,12 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
     batch_size: examples a step, over all hosts.
     seed: of the order and of the flips, any integer.
     size: side to which images are scaled and cropped; None leaves them as they are.
-    flip: mirror each example with probability one half.
+    flip: mirror each example with probability one half; of records with `mirrored`, take that.
     on_error: 'raise', or 'skip' to take the next good record in place of a broken one.
     rows: int [b], which of a step's examples 0 .. batch_size - 1 are made, all where None; a host
       makes those that its devices hold, see `diffax.sharding.rows`.
     tokenize: [str, ...] -> {name: [b ...]} of the records' captions; pickles.
+    carry: names of what else is taken of the records.
     shapes: ((h, w), ...) of `buckets`, to one of which each batch is scaled and cropped, in place
       of `size`; () for none.
 
@@ -192,13 +193,17 @@ def steps(source, batch_size, *, seed, size=None, flip=False, on_error='raise', 
   elif None in source.shape:
     raise ValueError('the images of this source have no one size: '
                      'give size (--config.data.size=64)')
+  if flip and getattr(source, 'mirrored', None) is False:
+    raise ValueError('flip: this set holds no mirrored latents, and latents mirrored are not those '
+                     'of mirrored pictures: encode it with --config.data.flip, or leave flip out')
   if not len(source):
     raise ValueError('the source has no records')
   pick = functools.partial(_pick, len(source), size)
   if shapes:
     pick = functools.partial(_pick_of_bucket, buckets(source, shapes, on_error))
   pick = functools.partial(pick, batch_size, seed, rows)
-  fetch = functools.partial(_fetch, pick, source, on_error, batch_size, rows, seed, flip, tokenize)
+  coins = functools.partial(_coins, batch_size, seed, rows) if flip else None
+  fetch = functools.partial(_fetch, pick, source, on_error, coins, tokenize, tuple(carry))
   return grain.MapDataset.range(sys.maxsize).map(fetch)
 
 
@@ -215,9 +220,22 @@ def batches(source, batch_size, *, seed, start_step=0, workers=0, **options):
   Returns:
     A grain DatasetIterator of dict(image, label, index).
   """
-  import grain
   _check_integers(start_step=(start_step, 0), workers=(workers, 0))
-  ds = steps(source, batch_size, seed=seed, **options)[start_step:]
+  return _iterator(steps(source, batch_size, seed=seed, **options)[start_step:], workers)
+
+
+def ordered(source, records, *, size=None, on_error='raise', tokenize=None, workers=0):
+  """Iterates once over the batches whose records are the rows of `records`, int [k b]; `batches`.
+  """
+  import grain
+  pick = functools.partial(_pick_of_list, records, size)
+  fetch = functools.partial(_fetch, pick, source, on_error, None, tokenize, ())
+  return _iterator(grain.MapDataset.range(len(records)).map(fetch), workers)
+
+
+def _iterator(ds, workers):
+  """Of a grain MapDataset, made ahead by a thread or by processes."""
+  import grain
   if not workers:
     # grain would by default hold 500 elements, which are batches here
     return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
@@ -272,42 +290,56 @@ def _pick_of_bucket(plan, batch_size, seed, rows, k):
   return plan.members[j][order(counts[j], seed, p, f'bucket {plan.shapes[j]}')], plan.shapes[j]
 
 
-def _fetch(pick, source, on_error, batch_size, rows, seed, flip, tokenize, k):
-  """The given rows [b] of the batch of step k."""
-  p = k * batch_size + rows
+def _pick_of_list(records, size, k):
+  """The same where they are listed."""
+  return records[k], size
+
+
+def _coins(batch_size, seed, rows, k):
+  """[b], uniform in [0, 1): whether each of the given rows is mirrored."""
+  return _uniform(seed, 'flip', k * batch_size + rows)
+
+
+def _fetch(pick, source, on_error, coins, tokenize, carry, k):
+  """The rows [b] that `pick` says of the batch of step k."""
   records, size = pick(k)
-  index, images, labels, cuts = zip(*read(source, size, on_error, records.tolist()))
+  index, images, labels, cuts, more = zip(*read(source, size, on_error, records.tolist()))
   images = np.stack(images)  # [b h w c]
-  if flip:
-    images = transforms.flip(images, _uniform(seed, 'flip', p))
+  if coins and getattr(source, 'mirrored', None):
+    other = np.stack([one['mirrored'] for one in more])
+    images = np.where((coins(k) < 0.5)[:, None, None, None], other.astype(images.dtype), images)
+  elif coins:
+    images = transforms.flip(images, coins(k))
   if source.dtype == np.uint8:
     images = transforms.to_float(images)
   batch = dict(image=images, label=np.asarray(labels, np.int32), index=np.asarray(index, np.int32))
   if isinstance(size, tuple):
     batch['size'] = np.asarray(cuts, np.int32)
+  batch |= {name: np.stack([one[name] for one in more]) for name in carry}
   return batch | tokenize([source.captions[i] for i in index]) if tokenize else batch
 
 
 def read(source, size, on_error, records):
-  """[(index, image, label, cut), ...] of records, at `size` if it is not None; see `steps`.
+  """[(index, image, label, cut, more), ...] of records, at `size` if it is not None; see `steps`.
 
-  size: a side, or (height, width). cut: the six numbers of `size` in a batch. A broken one is an
-  error or another record is taken in its place, as `on_error` says.
+  size: a side, or (height, width). cut: the six numbers of `size` in a batch. more: {name: array},
+  what else a record holds. A broken one is an error or another record is taken in its place, as
+  `on_error` says.
   """
   try:  # at once where the source can
     found = source.__getitems__(records)
-    return [(i, *_image_and_label(source, record, size)) for i, record in zip(records, found)]
+    return [(i, *_taken(source, record, size)) for i, record in zip(records, found)]
   except Exception:  # also where it cannot: then one by one, to know which is broken
     return [_read_one(source, size, on_error, i) for i in records]
 
 
 def _read_one(source, size, on_error, record):
-  """(index, image, label, cut) of a record, or of the next good one where that is asked for."""
+  """(index, image, label, cut, more) of a record, or of the next good one where so asked."""
   tries = min(TRIES, len(source)) if on_error == 'skip' else 1
   for i in range(record, record + tries):
     i %= len(source)
     try:
-      return i, *_image_and_label(source, source[i], size)
+      return i, *_taken(source, source[i], size)
     except Exception as e:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
       broken = f'{source.name_of(i)} is broken ({type(e).__name__}: {" ".join(str(e).split())})'
       if on_error == 'raise':
@@ -317,8 +349,8 @@ def _read_one(source, size, on_error, record):
   raise ValueError(f'{tries} records in a row are broken, the last: {broken}')
 
 
-def _image_and_label(source, record, size):
-  """(image, label, cut) of a record; see `read`."""
+def _taken(source, record, size):
+  """(image, label, cut, more) of a record; see `read`."""
   image, top, left = record['image'], 0, 0
   expected, (h, w, _) = tuple(source.shape), image.shape
   if size is not None:
@@ -329,7 +361,8 @@ def _image_and_label(source, record, size):
     raise ValueError(f'shape {image.shape} where {expected} is expected')
   if image.dtype != source.dtype:  # it decides whether they are scaled
     raise ValueError(f'dtype {image.dtype} where the source says {source.dtype}')
-  return image, record['label'], (h, w, top, left, *image.shape[:2])
+  more = {name: x for name, x in record.items() if name not in ('image', 'label')}
+  return image, record['label'], (h, w, top, left, *image.shape[:2]), more
 
 
 def _uniform(seed, name, p):

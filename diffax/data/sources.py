@@ -13,6 +13,9 @@
   source.sizes()      int [n 2], height and width of each image, 0 where it cannot be read; None, or
                       not there, where they are not known before the images are read
   source.captions     a caption of each record, [str, ...]; None, or not there, where there are none
+  source.mirrored     whether records hold `mirrored` [h w c] too, of what is no mirror image of
+                      itself mirrored; None, or not there, where the image is
+  source.made         of latents, what of the set's info.json tells how they were made
 
 and, where many records are read faster at once, `source.__getitems__([i, ...])`, a list of them.
 Nothing is decoded before a record is asked for, and a source pickles, so that worker processes can
@@ -32,6 +35,8 @@ from collections.abc import Callable
 from etils import epath
 import numpy as np
 
+from diffax.data import parts
+
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 DIGITS = 'zero one two three four five six seven eight nine'.split()
 PIXELS = 10**8  # of an image file, at the most
@@ -43,7 +48,8 @@ ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of
 class Source:
   """Random access to `length` images; `read(i) -> ([h w c] of `dtype`, label)` must pickle.
 
-  read_many: the same of [i, ...], a list; for what is read faster at once.
+  It may give a third, {name: array} of what else is in the record. read_many: the same of
+  [i, ...], a list; for what is read faster at once.
   """
   read: Callable
   name_of: Callable[[int], str]
@@ -54,6 +60,8 @@ class Source:
   read_many: Callable | None = None
   captions: tuple | None = None
   sizes: Callable | None = None
+  mirrored: bool | None = None
+  made: dict | None = None
 
   def __len__(self):
     return self.length
@@ -61,14 +69,17 @@ class Source:
   def __getitem__(self, i):
     if not 0 <= i < self.length:  # also what ends `for record in source`
       raise IndexError(f'record {i} of {self.length}')
-    image, label = self.read(int(i))
-    return dict(image=image, label=np.int32(label))
+    return _record(*self.read(int(i)))
 
   def __getitems__(self, indices):
     """[record, ...] of many places, as grain and PyTorch name it; raises where one is broken."""
     if not self.read_many:
       return [self[i] for i in indices]
-    return [dict(image=image, label=np.int32(label)) for image, label in self.read_many(indices)]
+    return [_record(*read) for read in self.read_many(indices)]
+
+
+def _record(image, label, more=None):
+  return dict(image=image, label=np.int32(label), **(more or {}))
 
 
 # digits: 8x8, inside scikit-learn, so that everything runs before anything is downloaded
@@ -313,13 +324,7 @@ def arrays(path, split='train') -> Source:
     ValueError: there is no such folder, split or file, or its rank, dtype or count is another. No
       file is unpickled.
   """
-  if not os.path.isdir(path):
-    raise ValueError(f'there is no folder {str(path)!r} on this machine: set --config.data.path to '
-                     'the one that holds images.npy or latents.npy')
-  parts = sorted(p.name for p in os.scandir(path) if p.is_dir())
-  if split in parts or split != 'train':
-    _known(f'split in {path}', split, parts)
-    path = os.path.join(path, split)
+  path = _of_split(path, split, 'images.npy or latents.npy')
   present = [name for name in ARRAYS if os.path.exists(os.path.join(path, name))]
   if len(present) != 1:
     raise ValueError(f'{path} holds {" and ".join(present) or "no array"}: '
@@ -336,6 +341,18 @@ def arrays(path, split='train') -> Source:
     name_of=functools.partial(_record_name, file), length=len(records), shape=records.shape[1:],
     classes=int(labels.max(initial=-1)) + 1,
     dtype=np.dtype(np.uint8 if records.dtype == np.uint8 else np.float32))
+
+
+def _of_split(path, split, holds):
+  """The folder of a split, path/split, or `path` itself for 'train'."""
+  if not os.path.isdir(path):
+    raise ValueError(f'there is no folder {str(path)!r} on this machine: set --config.data.path to '
+                     f'the one that holds {holds}')
+  folders = sorted(p.name for p in os.scandir(path) if p.is_dir())
+  if split in folders or split != 'train':
+    _known(f'split in {path}', split, folders)
+    return os.path.join(path, split)
+  return os.fspath(path)
 
 
 def _labels(file, count):
@@ -367,6 +384,53 @@ def _read_array(file, stamp, labels, i):
   if image.dtype != np.uint8:
     image = image.astype(np.float32)
   return image, labels[i] if len(labels) else 0
+
+
+# latents: what an autoencoder makes of pictures, written by --mode encode
+
+
+def latents(path, split='train') -> Source:
+  """A latent data set of --mode encode: what is known of each picture's latents, [h w k].
+
+  That is mean and log variance, of which training draws with config.latent naming the autoencoder
+  that made them, or none, where samples stay latents. Records hold what was cached of their texts.
+
+  Args:
+    path: a folder on a local disk.
+    split: name of a subfolder; only 'train' may be missing, and is then what `path` holds.
+
+  Raises:
+    ValueError: there is no such folder or split, the set is not finished, or a file of it is
+      missing or of another size. On access, a record is damaged.
+  """
+  path = _of_split(path, split, 'what --mode encode wrote')
+  said = parts.info(path)
+  dtype, plan = parts.layout(said['record']), {k: said[k] for k in ('count', 'part')}
+  captions = None
+  if said['captions']:
+    captions = tuple(json.loads(parts.whole(path, said, parts.CAPTIONS)))
+    if len(captions) != said['count']:
+      raise ValueError(f'{path}/{parts.CAPTIONS} holds {len(captions)} captions for '
+                       f'{said["count"]} records: it was changed')
+  read_many = functools.partial(_read_latents, path, plan, dtype)
+  return Source(
+    read=functools.partial(_read_latent, read_many), read_many=read_many,
+    name_of=functools.partial(_record_name, path), length=said['count'],
+    shape=dtype['moments'].shape, classes=said['classes'], dtype=np.dtype(np.float32),
+    captions=captions, mirrored='mirrored' in dtype.names,
+    made={k: said[k] for k in ('latent', 'text', 'files')} | {'path': path})
+
+
+def _read_latent(read_many, i):
+  return read_many([i])[0]
+
+
+def _read_latents(path, plan, dtype, indices):
+  more = [name for name in dtype.names if name not in ('index', 'label', 'moments')]
+  return [
+    (row['moments'].astype(np.float32), row['label'], {name: row[name] for name in more})
+    for row in parts.rows(path, plan, dtype, indices)
+  ]
 
 
 # captioned: pictures with a line of text each

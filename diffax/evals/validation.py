@@ -79,6 +79,9 @@ def validation(
       batch = dict(image=x0, label=label, index=index[own].astype(np.int32))
       if run.task.tokenize:
         batch |= run.task.tokenize([source.captions[i] for i in seen])
+      if run.task.carry:
+        records = source.__getitems__(seen.tolist())
+        batch |= {name: np.stack([one[name] for one in records]) for name in run.task.carry}
       batch = sharding.put(batch, place, (own, size))
       with run.layout():
         for j in range(bins):

@@ -26,12 +26,13 @@ class Drawing(NamedTuple):
   ask: int [b], numbers of samples -> {name: numpy [b ...]}, what is asked of each; `label` among it
   where there are classes. draw: (params, frozen, keys [b], asked) -> images float32 [b h w c] in
   [-1, 1], or of the data's own range where it is floats; pure. said: int [b] -> [prompt, ...], []
-  where there are none.
+  where there are none. decoded: whether they are images although the data is latents.
   """
 
   ask: Callable[..., Any]
   draw: Callable[..., Any]
   said: Callable[..., Any] = lambda index: []
+  decoded: bool = False
 
 
 class Phase(NamedTuple):
@@ -75,6 +76,8 @@ class Task(NamedTuple):
   reconstruct: (params, frozen, x [b h w c]) -> {name: [b ...]}, what an autoencoder makes of
     pictures: `image` [b h w c], and of its latent `mean` [b h w z], its `variance` or how often
     each of its `codes` [b n] stands in it; `perceptual` [b], how far off the picture looks.
+  carry: {name: numpy [1 ...]}, what batches carry of the records beside image and label, and what
+    it looks like.
   phases: `Phase`s, carried out in order within each step; `loss` is then that of the first. Keys of
     later ones are others than the first's. `prepare` comes before them all. Without any, all
     parameters are trained by `loss`.
@@ -93,4 +96,5 @@ class Task(NamedTuple):
   tokenize: Callable[..., Any] | None = None
   record: dict = {}
   reconstruct: Callable[..., Any] | None = None
+  carry: dict = {}
   phases: tuple[Phase, ...] = ()

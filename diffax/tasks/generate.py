@@ -104,7 +104,8 @@ def generate(config, source, drop_cond=0.1, self_condition=0.0) -> Task:
     denoiser = partial(_at_first, denoiser)
   return Task(
     init, loss, sample, network.told.classes, prepare, extra, update, denoiser,
-    clean, text.frozen | network.space.latent.frozen, text.tokenize, text.record,
+    clean, text.frozen | network.space.latent.frozen, None if text.null else text.tokenize,
+    text.record, carry=text.null,
   )
 
 
@@ -136,14 +137,16 @@ def _process(config):
 class Space(NamedTuple):
   """Where a network denoises: x of `shape` [h w c], of which `latent` (`latents.Latent`) makes data
   of `pixels` [h w c]. encode: (groups of parameters, data, keys [b] or None) -> x0. records: int
-  [b], numbers of samples -> pictures of the data in turn, float32 [b h w c].
+  [b], numbers of samples -> pictures of the data in turn, float32 [b h w c]. decoded: whether
+  pictures are drawn although the data is latents.
   """
 
   shape: tuple
   pixels: tuple
   latent: latents.Latent
   encode: Callable
-  records: Callable
+  records: Callable | None = None
+  decoded: bool = False
 
 
 def _space(config, source):
@@ -162,7 +165,8 @@ def _space(config, source):
   pixels = *(side * latent.factor for side in shape[:-1]), 3
   if latent.channels:  # what is stored is `moments`
     shape = *shape[:-1], latent.channels
-  return Space(shape, pixels, latent, lambda groups, x, keys: latent.draw(x, keys), None)
+  data = lambda groups, x, keys: latent.draw(x, keys)
+  return Space(shape, pixels, latent, data, decoded=bool(latent.frozen))
 
 
 def _records(source, size, index):
@@ -190,7 +194,7 @@ def _told(config, source, model, space):
   latent = space.latent
   mean = lambda groups, x: latent.mean(latent.moments(groups, x))
   return conditions.Conditions(
-    classes, text, captions, given, space.encode, mean, latent.factor, names)
+    classes, text, captions, given, space.encode, mean, latent.factor, names, space.pixels)
 
 
 def _network(config, source, outputs, shows_before):
@@ -368,7 +372,7 @@ def _sampling(network, denoiser, first, learned, remembers):
         asked['record'] = network.space.records(index)
       return asked
 
-    return Drawing(asks, draw, said)
+    return Drawing(asks, draw, said, network.space.decoded)
 
   return sample
 
