@@ -15,8 +15,8 @@ What differs from the picture as a whole, beside places that see farther than th
   a smaller picture  is mirrored up to one tile: its right and lower edges are none to the network
 
 Of the first two `shared` leaves little: one call more, of a thumbnail, whose moments, keys and
-values serve all tiles (measured in experiments/tiling). The usual way fades over all of an overlap and leaves
-each tile to itself.
+values serve all tiles (measured in experiments/tiling). The usual way fades over all of an overlap
+and leaves each tile to itself.
 """
 
 import fractions
