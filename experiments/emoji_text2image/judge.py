@@ -25,6 +25,7 @@ whose six tones do not count as six. Rows:
 
   samples   the pictures on trial
   real      the real test pictures of the same captions: what a perfect generator would have
+  behind    real less samples, a caption at a time: its error is that of the comparison
   shuffled  the pictures on trial, each with a caption of the test split drawn at random: chance
   train     real train pictures, as many as test, of whole `base` values, among their own captions
 """
@@ -395,23 +396,23 @@ def mean_and_error(hits, clusters):
   return float(hits.mean()), float(error)
 
 
-def row(scores, own, bases):
-  """{'top1': (mean, standard error), 'top5': ...}; bases: of the captions, [m]."""
-  clusters = np.asarray(bases)[own]
-  return {
-    f'top{first}': mean_and_error(retrieval(scores, own, first), clusters) for first in (1, 5)
-  }
+def hits(scores, own):
+  """{'top1': shares of draws [n] in which the own caption is first, 'top5': of the first five}."""
+  return {f'top{first}': retrieval(scores, own, first) for first in (1, 5)}
+
+
+def row(shares, clusters):
+  """{'top1': (mean, standard error), 'top5': ...} of `hits`."""
+  return {name: mean_and_error(share, clusters) for name, share in shares.items()}
 
 
 def shuffled(scores, seed):
   """The `row` of pictures each with a caption drawn at random, a mean of `SHUFFLES` draws."""
-  rng, (n, m) = np.random.default_rng(seed), scores.shape
-  draws = rng.integers(m, size=(SHUFFLES, n))
-  rows = [[retrieval(scores, own, first) for own in draws] for first in (1, 5)]
-  return {
-    f'top{first}': mean_and_error(np.mean(hits, axis=0), np.arange(n))
-    for first, hits in zip((1, 5), rows)
-  }
+  count, pool = scores.shape
+  draws = np.random.default_rng(seed).integers(pool, size=(SHUFFLES, count))
+  shares = [hits(scores, own) for own in draws]
+  mean = {name: np.mean([share[name] for share in shares], axis=0) for name in shares[0]}
+  return row(mean, np.arange(count))
 
 
 def check(images, captions, pool):
@@ -438,15 +439,18 @@ def score(judge, images, captions, test, train, seed=0):
   check(images, captions, test.captions)
   place = {caption: i for i, caption in enumerate(test.captions)}
   own = np.array([place[c] for c in captions])
+  bases = np.asarray(test.bases)[own]
   pool = encode_captions(judge, test.captions).T  # [d m]
   scores = encode_images(judge, images) @ pool
+  found, real = hits(scores, own), hits(encode_images(judge, test.images[own]) @ pool, own)
   seen, _ = draw(train, len(test.captions), seed)
-  seen_scores = encode_images(judge, seen.images) @ encode_captions(judge, seen.captions).T
+  known = encode_images(judge, seen.images) @ encode_captions(judge, seen.captions).T
   return {
-    'samples': row(scores, own, test.bases),
-    'real': row(encode_images(judge, test.images[own]) @ pool, own, test.bases),
+    'samples': row(found, bases),
+    'real': row(real, bases),
+    'behind': row({name: real[name] - found[name] for name in found}, bases),
     'shuffled': shuffled(scores, seed),
-    'train': row(seen_scores, np.arange(len(seen.captions)), seen.bases),
+    'train': row(hits(known, np.arange(len(known))), seen.bases),
   }
 
 
