@@ -49,6 +49,11 @@ def digits(split='train') -> sources.Source:
                              captions=captions)
 
 
+def bare() -> sources.Source:
+  """The same without captions."""
+  return dataclasses.replace(digits(), captions=None)
+
+
 def get_config():
   c = run_diffax.get_config().to_dict()
   c |= dict(steps=3, batch_size=8, log_every=1, save_every=3, evals={})
@@ -428,7 +433,7 @@ def test_sets_without_mirrored(weights, tmp_path):
 @pytest.mark.parametrize('changes, said', [
   (['encode.dtype=float8'], "encode.dtype='float8' is none of float16, float32"),
   (['encode.part=0'], 'encode.part=0 is less than 1'),
-  (['data=digits'], 'this data has no captions to encode'),
+  (['data=test_encode.bare'], 'this data has no captions to encode'),
   (['data.buckets=((8, 8), (4, 16))'], 'data.buckets'),
 ])  # fmt: skip
 def test_what_cannot_be_encoded(changes, said, weights, tmp_path):
