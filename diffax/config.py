@@ -55,6 +55,7 @@ SAMPLING = dict(
   edit=dict(name='none'),  # what is done with pictures of the user's
   size=(),  # (height, width) in pixels, where it is not that of training
   window=(),  # (side, overlap) of x: the network sees x by parts, for sizes beyond training's
+  tile=0,  # pixels a side that an autoencoder decodes at a time, 0 for all
   guidance=1.0,
   interval=(),
   guide=dict(name='cfg'),

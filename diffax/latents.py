@@ -31,15 +31,17 @@ class Latent(NamedTuple):
 
   moments: (groups, pictures [b h w c]) -> [b h w k], what is known of their z. draw: (moments,
   keys [b], or None for the mean) -> z [b h w c]. mean: moments -> that mean before shift and scale.
-  decode: (groups, z) -> pictures. shape: that of a picture -> that of its z. frozen: see
-  `tasks.Task`. factor: pixels of a picture a side of a latent. channels: of z, 0 for those of the
-  pictures. identity: () -> plain data that says what moments are by; it reads files.
+  decode: (groups, z) -> pictures. decode_told: (groups, z, told) -> (pictures, tells), for tiles
+  (`tiles.shared`). shape: that of a picture -> that of its z. frozen: see `tasks.Task`. factor:
+  pixels of a picture a side of a latent. channels: of z, 0 for those of the pictures. identity: ()
+  -> plain data that says what moments are by; it reads files.
   """
 
   moments: Callable = lambda groups, x: x
   draw: Callable = lambda moments, keys: moments
   mean: Callable = lambda moments: moments
   decode: Callable = lambda groups, z: z
+  decode_told: Callable | None = None
   shape: Callable = lambda shape: shape
   frozen: dict = {}
   factor: int = 1
@@ -96,6 +98,11 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   def apply(groups, x, method):
     return model.apply({'params': groups['autoencoder']}, x, method=method)
 
+  def decode_told(groups, z, told):
+    given = {'params': groups['autoencoder'], 'told': told.get('intermediates', {})}
+    z = z / model.scale + model.shift
+    return model.apply(given, z, method='decode', mutable='intermediates')
+
   def shape(of):
     if any(side and side % model.factor for side in of[:-1]):
       raise ConfigError(
@@ -110,7 +117,8 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
   return Latent(
     moments=lambda groups, x: apply(groups, x, 'encode'), draw=partial(_draw, model, sample),
     mean=partial(_mean, model),
-    decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'), shape=shape,
+    decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'),
+    decode_told=decode_told, shape=shape,
     frozen={'autoencoder': Frozen(
       like, lambda like: tensors.load(files, like, place, stored.IGNORED))},
     factor=model.factor, channels=model.latent, identity=identity,

@@ -73,7 +73,10 @@ def drawer(run, settings, path, drawing=None):
       for i in range(start, start + count, size):
         index = np.arange(i, i + size, dtype=np.int32)
         asks.append(drawing.ask(index))
-        parts.append(finish(sharding.fetch(generate(params, state.frozen, index, asks[-1]))))
+        x = sharding.fetch(generate(params, state.frozen, index, asks[-1]))
+        if drawing.finish:
+          x = drawing.finish(params, state.frozen, x, asks[-1])
+        parts.append(finish(x))
     join = lambda *xs: np.concatenate(xs)[:count]
     return join(*parts), jax.tree.map(join, *asks)
 

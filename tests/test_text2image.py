@@ -236,6 +236,15 @@ def test_latents(folder, tmp_path, capfd):
   pictures, _ = sample.drawer(run, run.config['sample'], 'sample')(state, 2)
   assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == np.uint8
 
+  large = run_diffax.config(*words, 'sample.size=(24, 16)', 'sample.tile=8')['sample']
+  tiled, _ = sample.drawer(run, large, 'sample')(state, 2)
+  whole, _ = sample.drawer(run, {**large, 'tile': 0}, 'sample')(state, 2)
+  assert tiled.shape == whole.shape == (2, 24, 16, 3)
+  away = np.abs(tiled.astype(float) - whole).mean()
+  assert 0 < away < 0.5 * whole.std()  # of drawn weights, by tiles of four latents
+  with pytest.raises(ConfigError, match='tile=6'):
+    sample.drawer(run, {**large, 'tile': 6}, 'sample')
+
   command = ['--workdir', tmp_path / 'run', *(f'--config.{o}' for o in words)]
   run_diffax.door('--config', run_diffax.SMOKE, *command)
   assert not [k for k in run_diffax.arrays(tmp_path / 'run', 2) if 'autoencoder' in k]

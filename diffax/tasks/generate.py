@@ -26,6 +26,7 @@ from diffax import noises
 from diffax import predictions
 from diffax import samplers
 from diffax import schedules
+from diffax import tiles
 from diffax import times
 from diffax.build import build, ConfigError
 from diffax.config import SAMPLING
@@ -348,6 +349,7 @@ def _sampling(network, denoiser, first, learned, remembers):
     prompts, others = edit.prompts(tuple(settings['prompts']))
     ask = conditions.asking(network.told, settings, path, prompts, others)
     pixels, shape = _sizes(network, edit, settings, path)
+    tile, decoder = _tile(network.space.latent, settings, path)
     small = (*(side // network.told.given.scale for side in pixels[:-1]), pixels[-1])
 
     def draw(params, frozen, keys, asked):
@@ -362,9 +364,15 @@ def _sampling(network, denoiser, first, learned, remembers):
       times, x = edit.begin(place)
       rows = sampler.plan(schedule, times)
       z = samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
-      return edit.finish(asked, network.space.latent.decode(groups, z))
+      return z if tile else edit.finish(asked, network.space.latent.decode(groups, z))
+
+    def by_tiles(params, frozen, z, asked):
+      decode = partial(decoder, {**frozen, **params})
+      pictures = tiles.shared(decode, z, tile, tile // 4, network.space.latent.factor)
+      return np.asarray(edit.finish(asked, pictures))
 
     said = partial(conditions.said, network.told, prompts)
+
     def asks(index):
       asked = ask(index) | edit.ask(index, small)
       given = network.told.given
@@ -372,7 +380,7 @@ def _sampling(network, denoiser, first, learned, remembers):
         asked['record'] = network.space.records(index)
       return asked
 
-    return Drawing(asks, draw, said, network.space.decoded)
+    return Drawing(asks, draw, said, network.space.decoded, by_tiles if tile else None)
 
   return sample
 
@@ -397,6 +405,20 @@ def _sizes(network, edit, settings, path):
     return pixels, space.latent.shape(pixels) if space.latent.channels else pixels
   except ConfigError as error:
     raise ConfigError(f'config.{path}.size={size}: {error}') from error
+
+
+def _tile(latent, settings, path):
+  """(side of a tile of z, 0 for none, and what decodes it, see `tiles.shared`). Raises ConfigError.
+  """
+  tile, factor = settings['tile'], latent.factor
+  if not tile:
+    return 0, None
+  if not latent.decode_told or tile < 4 * factor or tile % factor:
+    raise ConfigError(
+      f'config.{path}.tile={tile}: pixels that an autoencoder decodes at a time, a multiple of its '
+      f'factor {factor}, four at the least; 0 for all at once'
+    )
+  return tile // factor, jax.jit(latent.decode_told)
 
 
 def _guided(place, edit, guide, settings, remembers):
