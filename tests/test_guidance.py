@@ -328,7 +328,7 @@ def test_rescale(of):
     told.eps if of == 'eps' else level.alpha * told.eps - level.sigma * told.x0)
   rescaled = fast(lambda phi: guidance.rescale(field, GOOD, BAD, 6., phi, of)(WIDE, level))
   plain, guided = field(WIDE, level, GOOD), guidance.cfg(field, GOOD, BAD, 6.)(WIDE, level)
-  assert (v(guided).std(1) > 2 * v(plain).std(1)).all()
+  assert (v(guided).std(1) > 1.1 * v(plain).std(1)).all()
   direction = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
   for phi in (0., 0.7, 1.):
     told = rescaled(phi)

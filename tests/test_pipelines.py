@@ -100,7 +100,6 @@ def rounded(schedule, of):
 
 OURS = {  # what is said beside prompts and steps
   'ddim': dict(guidance=7.5, negative=golden.NEGATIVE),
-  'euler': dict(guidance=5.0),
   'karras': dict(guidance=4.0, negative=golden.NEGATIVE),
   'linspace': dict(guidance=4.0),
   'rescaled': dict(guidance=7.5, guide=dict(name='rescale', phi=0.7)),
@@ -110,7 +109,6 @@ OURS = {  # what is said beside prompts and steps
   'held': dict(guidance=3.0, edit=dict(name='inpaint', strength=0.8, paste=False)),
   'inpaint': dict(
     guidance=7.5, negative=golden.NEGATIVE, edit=dict(name='inpaint', strength=1.0, paste=False)),
-  'inpaint_part': dict(guidance=7.5, edit=dict(name='inpaint', strength=0.6, paste=False)),
   'instruct': dict(guidance=7.5, edit=dict(name='instruct', image_guidance=1.5)),
   'xl': dict(guidance=5.0),
   'xl_negative': dict(guidance=5.0, negative=golden.NEGATIVE),
@@ -364,20 +362,30 @@ def test_other_schedulers(said, words, tmp_path):
 # --- bad input ------------------------------------------------------------------------------------
 
 
+def folder_of(path, name):
+  case = golden.CASES[name]
+  return write(path, case['kind'], case['parts'], case['scheduler'])
+
+
 @pytest.fixture
 def folder(tmp_path):
   """A folder to break."""
-  case = golden.CASES['inpaint']
-  return write(tmp_path / 'model', case['kind'], case['parts'], case['scheduler'])
+  return folder_of(tmp_path / 'model', 'ddim')
 
 
 @pytest.fixture
-def refused(folder, tmp_path, capfd, monkeypatch):
-  """(arguments) -> the one line with which the door leaves, before anything is compiled."""
+def painter(tmp_path):
+  """The folder of a network that is told a picture."""
+  return folder_of(tmp_path / 'painter', 'inpaint')
+
+
+@pytest.fixture
+def refused(tmp_path, capfd, monkeypatch):
+  """(folder, arguments) -> the one line with which the door leaves, before anything is compiled."""
   def compile(*args, **kwargs):
     raise AssertionError('it was compiled before it was checked')
 
-  def said(*arguments):
+  def said(folder, *arguments):
     monkeypatch.setattr(sample, 'released', compile)
     with pytest.raises(SystemExit) as end, run_diffax.devices(1):
       run_diffax.door(
@@ -429,7 +437,7 @@ def test_wrong_folders(change, words, folder):
 ])  # fmt: skip
 def test_missing_parts(change, words, folder, refused):
   change(folder)
-  line = refused('--prompt', 'a cat')
+  line = refused(folder, '--prompt', 'a cat')
   assert all(word in line for word in words), line
 
 
@@ -460,14 +468,14 @@ def test_wrong_tensors(folder):
     pipelines.net(folder, made['model'], like)
 
 
-def test_pictures_at_the_door(folder, refused, tmp_path):
+def test_pictures_at_the_door(painter, refused, tmp_path):
   """None for a network that is told one, broken ones, a mask of another size, a bomb."""
   files = pictures(tmp_path)
   image, mask = (f'{files[k]}/0.png' for k in ('image', 'mask'))
   paint = lambda image, mask: refused(
-    '--prompt', 'a cat', '--config.sample.edit=inpaint', f'--config.sample.edit.image={image}',
-    f'--config.sample.edit.mask={mask}')
-  assert 'is told a picture' in refused('--prompt', 'a cat')
+    painter, '--prompt', 'a cat', '--config.sample.edit=inpaint',
+    f'--config.sample.edit.image={image}', f'--config.sample.edit.mask={mask}')
+  assert 'is told a picture' in refused(painter, '--prompt', 'a cat')
   (tmp_path / 'broken.png').write_bytes(pathlib.Path(image).read_bytes()[:60])
   assert 'cannot be read' in paint(tmp_path / 'broken.png', mask)
   Image.fromarray(golden.MASKS[0, 1:]).save(tmp_path / 'small.png')
@@ -477,19 +485,19 @@ def test_pictures_at_the_door(folder, refused, tmp_path):
   assert 'pixels' in paint(tmp_path / 'bomb.png', mask)
 
 
-def test_a_workdir_of_another_run(refused, tmp_path):
+def test_a_workdir_of_another_run(folder, refused, tmp_path):
   (tmp_path / 'run').mkdir()
   configs.save(run_diffax.config(), tmp_path / 'run' / 'config.json')
-  line = refused('--prompt', 'a cat')
+  line = refused(folder, '--prompt', 'a cat')
   assert '--weights' in line and 'holds no run' in line
 
 
-def test_through_the_door(folder, tmp_path):
+def test_through_the_door(painter, tmp_path):
   """What a user types, and finds: a picture a prompt, known pixels among it as they were."""
   files = pictures(tmp_path)
   with run_diffax.devices(1):
     run_diffax.door(
-      '--weights', folder, '--workdir', tmp_path / 'run', '--mode', 'sample', '--prompt', 'a cat',
+      '--weights', painter, '--workdir', tmp_path / 'run', '--mode', 'sample', '--prompt', 'a cat',
       '--prompt', 'a dog', '--config.sample.size=(16, 24)', '--config.sample.sampler.steps=1',
       '--config.sample.edit=inpaint', f'--config.sample.edit.image={files["image"]}',
       f'--config.sample.edit.mask={files["mask"]}')

@@ -107,7 +107,6 @@ def case(kind, parts, scheduler, **call):
 
 CASES = dict(
   ddim=case('StableDiffusion', SD, DDIM, guidance_scale=7.5, negative_prompt=NEGATIVE),
-  euler=case('StableDiffusion', SD, EULER, guidance_scale=5.0),
   karras=case(
     'StableDiffusion', SD, scheduler('DPMSolverMultistep', use_karras_sigmas=True),
     guidance_scale=4.0, negative_prompt=NEGATIVE),
@@ -127,9 +126,6 @@ CASES = dict(
   inpaint=case(
     'StableDiffusionInpaint', SD | dict(unet=unet(in_channels=9)), DDIM, guidance_scale=7.5,
     strength=1.0, negative_prompt=NEGATIVE),
-  inpaint_part=case(
-    'StableDiffusionInpaint', SD | dict(unet=unet(in_channels=9)), EULER, guidance_scale=7.5,
-    strength=0.6),
   instruct=case(
     'StableDiffusionInstructPix2Pix', SD | dict(unet=unet(in_channels=8)),
     scheduler('EulerDiscrete'), guidance_scale=7.5, image_guidance_scale=1.5),
