@@ -365,6 +365,8 @@ def cached(exact, quick, tmp_path_factory):
   """The workdir of a run on it that loads no encoder at all."""
   workdir = tmp_path_factory.getbasetemp() / 'cached'
   more = (*LATENTS, *TEXT, f'data.path={exact}', 'data.flip=True', 'text=cached')
+  more += ('evals.held.name=validation', 'evals.held.split=train', 'evals.held.every=3',
+           'evals.held.count=8', 'evals.held.batch_size=8', 'evals.held.bins=1')
   if not workdir.exists():
     run_diffax.door('--config', THIS, '--workdir', workdir, *(f'--config.{o}' for o in more))
   return workdir
@@ -379,6 +381,7 @@ def sampled(workdir, *arguments):
 
 def test_samples_without_encoders(cached, capsys):
   """Captions of the data alone, and latents alone."""
+  assert 0 < json.loads((cached / 'evals.jsonl').read_text())['held/loss'] < 100
   drawn = sampled(cached)
   assert drawn.shape == (2, 4, 4, 2) and drawn.dtype == np.float32
   said = sampled(cached, '--prompt', digits().captions[1], '--config.sample.guidance=2.0')
