@@ -70,7 +70,7 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
   tokenizer: a file of one, '' to make it of the captions; a run keeps its own. Raises ValueError
   where the data has no captions.
   """
-  if getattr(source, 'captions', None) is None:
+  if getattr(source, 'captions', None) is None and not tokenizer:
     raise ValueError(
       'text=learned: this data has no captions; take data=emoji, or data=captioned with '
       '--config.data.path=DIR, a folder with captions.jsonl'
