@@ -151,7 +151,7 @@ def spread(run, model, params, count=MEASURED, batch=BATCH):
 
 
 def _generate(run, params, frozen, folder):
-  config = run.config
+  config = {**run.config, 'text': _asked(run.config['text'])}
   latent = config['latent']
   vae = latents.weights(latent['path']) if latent['name'] == 'autoencoder' else None
   model = vae and build('diffax.models', vae.spec, path='latent')
@@ -166,18 +166,30 @@ def _generate(run, params, frozen, folder):
     _write(os.path.join(folder, 'vae'), 'config.json', autoencoder.to_config(vae.spec))
     file = os.path.join(folder, 'vae', WEIGHTS)
     tensors.save(file, frozen['autoencoder'], autoencoder.stored(model))
-  encoders = _write_text(run, params, frozen, folder)
+  encoders = _write_text(run, config['text'], params, frozen, folder)
   try:
     if why:
       raise ValueError(why)
     index, scheduler = _index(config, vae, network, encoders), _scheduler(config)
   except ValueError as error:
     _write(folder, 'model_index.json', dict(
-      _class_name=pipelines.OWN, config=_config(run, pixels)))
+      _class_name=pipelines.OWN, config=_config(run, config, pixels)))
     return f"diffax's own layout, for diffusers has none of this ({error}); read by --weights"
   _write(folder, 'model_index.json', index)
   _write(os.path.join(folder, 'scheduler'), 'scheduler_config.json', scheduler)
   return f'{index["_class_name"]} of diffusers, with DDIM; also read by --weights'
+
+
+def _asked(text):
+  """The `text` of a config by whose encoders prompts are heard; of cached ones, those they are of.
+  """
+  if text['name'] != 'cached':
+    return text
+  if not text.get('of'):
+    raise ConfigError(
+      'config.text=cached: a folder is to hold the encoders, too: say --config.text.of=clip '
+      '--config.text.of.path=DIR')
+  return text['of']
 
 
 def _pixels(run, model):
@@ -187,7 +199,7 @@ def _pixels(run, model):
   if run.source.dtype == np.uint8:
     return h, w, c
   if model is None:
-    raise ConfigError('--mode export: this data is of numbers, and its samples are no pictures')
+    raise ConfigError('--mode export: samples of this run are latents or numbers, no pictures')
   return h * model.factor, w * model.factor, model.design.channels
 
 
@@ -219,13 +231,12 @@ def _write_network(config, network, params, folder):
   tensors.save(os.path.join(folder, name, WEIGHTS), params, stored)
 
 
-def _write_text(run, params, frozen, folder):
+def _write_text(run, spec, params, frozen, folder):
   """Text encoders and tokenizers, and whatever else was trained along; {name: class in
-  transformers} of the first.
+  transformers} of the first. spec: of the text.
   """
-  made, spec = {}, run.config['text']
-  found = texts.weights(spec['path']) if spec['name'] == 'clip' else {}
-  named = dict(run.task.tokenize.of) if found else {}
+  made, found = {}, texts.weights(spec['path']) if spec['name'] == 'clip' else {}
+  named = dict(build('diffax.texts', spec, run.source, path='text').tokenize.of) if found else {}
   for number, weights in found.items():
     into = os.path.join(folder, f'text_encoder{number}')
     said = text.to_config(weights.spec)
@@ -255,9 +266,8 @@ def _texts(folder, files):
 # --- the index ------------------------------------------------------------------------------------
 
 
-def _config(run, pixels):
+def _config(run, config, pixels):
   """What an index of our own holds; paths are those of its folder."""
-  config = run.config
   h, w, channels = pixels
   made = {k: dict(config[k]) for k in pipelines.NAMED}
   made['data'] = dict(name='blank', size=max(h, w), channels=channels, classes=run.task.classes)

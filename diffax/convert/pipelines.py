@@ -98,8 +98,10 @@ def config(path, batch_size=1):
     )
   folder, said = _network(path)
   model = _spec(folder, said)
-  factor = build('diffax.models', autoencoder.weights(os.path.join(path, 'vae')).spec,
-                 path='latent').factor
+  try:
+    factor = _factor(path)
+  except ValueError as error:
+    raise ConfigError(f'{path}: {error}') from error
   made = dict(
     steps=1, batch_size=batch_size, ema=(),
     data=dict(
@@ -148,6 +150,11 @@ def _spec(folder, said):
     raise
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(f'{folder}/config.json: {" ".join(str(error).split())}') from error
+
+
+def _factor(path):
+  spec = autoencoder.from_config(tensors.config_json(os.path.join(path, 'vae')))
+  return build('diffax.models', spec, path='latent').factor
 
 
 def _own_config(path, index, batch_size):

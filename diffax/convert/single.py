@@ -216,7 +216,8 @@ def config(path, batch_size=1):
     schedule=dict(name='scaled_linear', beta_min=0.00085, beta_max=0.012, steps=1000),
     prediction=dict(name='eps'),
     sample=dict(
-      count=1, batch_size=1, guidance=7.5, sampler=dict(name='ddim', steps=50, grid=grid)),
+      count=1, batch_size=1, guidance=5.0 if len(found.texts) > 1 else 7.5,
+      sampler=dict(name='ddim', steps=50, grid=grid)),
   )
 
 
