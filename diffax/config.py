@@ -181,6 +181,8 @@ FREE = (
   'encode',
   'data.workers',
   'model.remat',
+  'model.scale',  # of latents, as `--mode export` writes them
+  'model.shift',
   'text.tokenizer',
   'text.of',  # of cached embeddings, that sampling may ask for others
 )

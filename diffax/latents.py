@@ -7,10 +7,11 @@ bring latents to about mean 0 and deviation 1, as schedules expect; they are the
 and are used here alone: every other module sees z. A function `(source, ...) -> Latent`:
 
   none         the pictures themselves; of a latent data set its latents, and samples stay such
-  autoencoder  a KL or VQ autoencoder of a folder of weights, frozen
+  autoencoder  a KL or VQ autoencoder of released or exported weights, frozen
 """
 
 from functools import partial
+import os
 from typing import NamedTuple
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ import numpy as np
 from diffax import noises
 from diffax.build import build, ConfigError
 from diffax.convert import autoencoder as stored
+from diffax.convert import single
 from diffax.convert import tensors
 from diffax.models import autoencoder as autoencoders
 from diffax.tasks import Frozen
@@ -73,26 +75,24 @@ def _unknown(groups, x):
 
 
 def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
-  """The latents of an autoencoder in a folder as diffusers writes them, config.json and tensors.
+  """The latents of an autoencoder.
 
-  sample: whether training draws from the posterior or takes its mean. dtype: of its matrix products
-  and convolutions. Raises ConfigError for a folder that holds none, and for one that did not make
-  the latents of a latent data set.
+  path: a folder of it in diffusers' layout, config.json and tensors, or the single file of a whole
+  model (`convert.single`). sample: whether training draws from the posterior or takes its mean.
+  dtype: of its matrix products and convolutions. Raises ConfigError for what holds none, and for
+  one that did not make the latents of a latent data set.
   """
-  config = tensors.config_json(path)
-  try:
-    spec = stored.from_config(config) | {'dtype': dtype}
-  except ValueError as error:
-    raise ConfigError(f'config.latent.path={path}: {error}') from error
-  model, files = build('diffax.models', spec, path='latent'), tensors.find(path)
-  place, channels = stored.suited(files.of, model), model.design.channels
+  found = weights(path)
+  model = build('diffax.models', found.spec | {'dtype': dtype}, path='latent')
+  channels = model.design.channels
   if source.dtype == np.uint8 and source.shape[-1] != channels:
     raise ConfigError(
       f'config.latent.path={path} is of pictures of {channels} channels, and the data has '
       f'{source.shape[-1]}'
     )
 
-  identity = lambda: {'config': config, 'sha256': tensors.digest(files), 'dtype': dtype}
+  identity = lambda: {
+    'config': stored.to_config(found.spec), 'sha256': tensors.digest(found.files), 'dtype': dtype}
   _same(source, path, identity)
 
   def apply(groups, x, method):
@@ -120,9 +120,14 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'),
     decode_told=decode_told, shape=shape,
     frozen={'autoencoder': Frozen(
-      like, lambda like: tensors.load(files, like, place, stored.IGNORED))},
+      like, lambda like: tensors.read(found, model, like))},
     factor=model.factor, channels=model.latent, identity=identity,
   )
+
+
+def weights(path):
+  """The `tensors.Weights` of the autoencoder of a folder or single file. Raises ConfigError."""
+  return stored.weights(path) if os.path.isdir(path) else single.autoencoder(path)
 
 
 def _mean(model, moments):

@@ -5,6 +5,9 @@
   python -m diffax.main --workdir runs/digits --mode sample --config.sample.count=100
   python -m diffax.main --workdir runs/emoji --mode sample --prompt "red heart" --negative "face"
   python -m diffax.main --weights DIR --workdir out --mode sample --prompt "an astronaut on a horse"
+  python -m diffax.main --weights model.safetensors --config.text.tokenizer=DIR --workdir out ...
+  python -m diffax.main --weights DIR --config configs/mine.py --workdir runs/tuned
+  python -m diffax.main --workdir runs/digits --mode export --out exported
   python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
   python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
@@ -37,7 +40,7 @@ from diffax import config as configs
 from diffax import hosts
 from diffax.build import ConfigError, near
 
-MODES = ('train', 'sample', 'evaluate', 'reference', 'replay', 'encode')
+MODES = ('train', 'sample', 'evaluate', 'export', 'reference', 'replay', 'encode')
 BEGINS = ('train', 'reference', 'encode')  # where there may be no workdir yet
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -52,7 +55,7 @@ def define_flags():
   flags.DEFINE_integer(
     'step',
     0,
-    'sample, evaluate: of which checkpoint (0: the newest); replay: which step',
+    'sample, evaluate, export: of which checkpoint (0: the newest); replay: which step',
     lower_bound=0,
     flag_values=values,
   )
@@ -64,8 +67,10 @@ def define_flags():
     'profile.steps', 0, 'train: how many to trace, 0 for none', lower_bound=0, flag_values=values
   )
   flags.DEFINE_string(
-    'weights', '', "sample: a released model's folder in diffusers' layout", flag_values=values
+    'weights', '', "sample: a released model, its folder in diffusers' layout or its single file; "
+    'train: the same, or one network, that a new run begins with', flag_values=values
   )
+  flags.DEFINE_string('out', '', 'export: the folder to be written', flag_values=values)
   flags.DEFINE_multi_string(
     'prompt', [], 'sample: what to draw; give it again for more', flag_values=values
   )
@@ -102,6 +107,11 @@ def parse(argv):
     raise ConfigError(
       '--workdir is missing: say where the run shall live, as --workdir runs/digits'
     )
+  if bool(values.out) != (values.mode == 'export'):
+    raise ConfigError(
+      f'--out={values.out!r} with --mode {values.mode}: a folder to write is named of export alone')
+  if values.weights and getattr(values, 'from'):
+    raise ConfigError('--weights and --from: a run begins with one of them')
   return values, [a for a in joined if a.startswith('--config.')]
 
 
@@ -109,7 +119,7 @@ def resolve(values, overrides, workdir):
   """The complete config: the file's, or without one the workdir's, with the overrides."""
   there = workdir / 'config.json'
   old = configs.read(there) if there.exists() else None
-  if values.weights:
+  if values.weights and values.mode != 'train':
     if values.config or old or values.mode != 'sample':
       raise ConfigError(
         f'--weights={values.weights} brings a config of its own, for --mode sample into a new '
@@ -212,14 +222,17 @@ def environment():
   }
 
 
-def _train(config, workdir, warm, profile):
+def _train(config, workdir, warm, profile, released):
   from diffax import checkpoint, train
+  from diffax.convert import pipelines
 
   source = epath.Path(warm) if warm else None
   run = _setup(config, workdir)
   train.evaluations(run)  # whose mistakes, like any, are told before anything is written
   if source and not checkpoint.present(workdir / 'checkpoints'):
     checkpoint.weights_like(source / 'checkpoints', run.like)
+  if released and not checkpoint.present(workdir / 'checkpoints'):
+    pipelines.fits(released, config['model'], run.like.params['net'])
   hosts.wait()  # all have read what the first now writes
   if hosts.first():
     _writable(workdir)
@@ -236,7 +249,7 @@ def _train(config, workdir, warm, profile):
       f'--workdir={workdir} is not the same folder on all hosts: what the first writes there, '
       'another does not find; put it on a disk or bucket that they share'
     )
-  train.train(run, workdir, source, profile)
+  train.train(run, workdir, source, profile, released)
 
 
 def _same(config):
@@ -271,7 +284,7 @@ def _run(argv):
   _same(config)
   if values.mode == 'train':
     steps = values['profile.start'].value, values['profile.steps'].value
-    _train(config, workdir, getattr(values, 'from'), steps)
+    _train(config, workdir, getattr(values, 'from'), steps, values.weights)
   elif values.mode == 'sample':
     from diffax import sample
 
@@ -280,6 +293,11 @@ def _run(argv):
     run = _setup(config, workdir)
     for path in sample.sample(run, workdir, values.step, values.weights):
       hosts.say(path)
+  elif values.mode == 'export':
+    from diffax import export
+
+    run = _setup(config, workdir)
+    hosts.say(export.export(run, workdir, values.step, values.out))
   elif values.mode in ('evaluate', 'reference'):
     from diffax import evaluate
 

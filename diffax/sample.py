@@ -140,16 +140,18 @@ def _like(like, name):
 
 
 def released(run, weights):
-  """The state to sample from of a released model's folder (`convert.pipelines`)."""
-  net = pipelines.net(weights, run.config['model'], run.like.params['net'])
-  return run.like.replace(params={'net': net}, frozen=frozen(run))
+  """The state to sample from of a released model (`convert.pipelines`)."""
+  rest = dict(run.like.params)
+  net = pipelines.net(weights, run.config['model'], rest.pop('net'))
+  params = {'net': net, **pipelines.groups(weights, rest)}
+  return run.like.replace(params=params, frozen=frozen(run))
 
 
 def sample(run, workdir, step, weights=''):
   """Writes samples.npz (`arr_0` NHWC, `arr_1` labels) and a grid of the first hundred; of prompts,
   a picture each into samples/, and samples.jsonl that says which is of which.
 
-  step: of which checkpoint; 0 for the newest. weights: in place of one, a released model's folder.
+  step: of which checkpoint; 0 for the newest. weights: in place of one, a released model.
   Returns the paths written. Raises ConfigError.
   """
   settings = run.config['sample']

@@ -5,7 +5,7 @@ A function `(source, ...) -> Text` gives what a task asks for:
   none      no text
   learned   a byte-level BPE of the data's own captions, and a small transformer that is trained
             along with the network: nothing to download
-  clip      the encoders of a released model's folder, one or two, frozen
+  clip      the encoders of a released model, one or two, frozen
   cached    what frozen encoders said of the captions of a latent data set
 
 The null condition is data, the empty prompt, and a negative prompt is another.
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax.build import build, ConfigError
+from diffax.convert import single
 from diffax.convert import tensors
 from diffax.convert import text as stored
 from diffax.data import parts
@@ -69,7 +70,7 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
   tokenizer: a file of one, '' to make it of the captions; a run keeps its own. Raises ValueError
   where the data has no captions.
   """
-  if getattr(source, 'captions', None) is None:
+  if getattr(source, 'captions', None) is None and not tokenizer:
     raise ValueError(
       'text=learned: this data has no captions; take data=emoji, or data=captioned with '
       '--config.data.path=DIR, a folder with captions.jsonl'
@@ -102,22 +103,23 @@ def learned(source, vocab=2048, length=32, width=256, depth=4, heads=4, tokenize
   )
 
 
-def clip(source, path: str, zeros=False, dtype='float32') -> Text:
-  """CLIP's text encoders of a folder in diffusers' layout, frozen: Stable Diffusion's.
+def clip(source, path: str, zeros=False, dtype='float32', tokenizer='') -> Text:
+  """CLIP's text encoders of a released model, frozen: Stable Diffusion's.
 
-  Those of tokenizer/ and text_encoder/, and of tokenizer_2/ and text_encoder_2/ where they are.
-  With the second, as in SDXL (Podell et al. 2023, sec. 2.1), 'text' is of both side by side, the
-  last states but one, and 'pooled' of the second. zeros: whether the null condition, which is the
-  empty prompt, is zeros in place of what is said of it, as SDXL was trained. dtype: of matrix
-  products. Raises ConfigError for a folder that holds none.
+  path: a folder in diffusers' layout: those of tokenizer/ and text_encoder/, and of tokenizer_2/
+  and text_encoder_2/ where they are; or a single file (`convert.single`), which holds no
+  vocabulary: tokenizer is then a folder with CLIP's. With the second, as in SDXL (Podell et al.
+  2023, sec. 2.1), 'text' is of both side by side, the last states but one, and 'pooled' of the
+  second. zeros: whether the null condition, which is the empty prompt, is zeros in place of what is
+  said of it, as SDXL was trained. dtype: of matrix products. Raises ConfigError.
   """
   del source
-  there = [n for n in ('', '_2') if os.path.isdir(os.path.join(path, f'text_encoder{n}'))]
-  if not there:
-    raise ConfigError(
-      f'config.text.path={path}: no text_encoder/ there; name the folder of a released model'
-    )
-  named = {f'text{n}': _clip(path, n, '_2' in there, dtype) for n in there}
+  found = weights(path)
+  there = list(found)
+  named = {
+    f'text{n}': _clip(found[n], _tokenizer(path, n, tokenizer), '_2' in there, dtype)
+    for n in there
+  }
 
   def encode(groups, tokens):
     with attentions.using('auto'):  # few tokens, in causal order: not what a program is forced for
@@ -192,8 +194,41 @@ def _without_dtype(identity):
   return {k: v for k, v in identity.items() if k != 'dtype'}
 
 
+def weights(path):
+  """{'' or '_2': `tensors.Weights`} of the text encoders of a folder or single file.
+
+  Raises ConfigError for one that holds none.
+  """
+  if not os.path.isdir(path):
+    return single.texts(path)
+  there = [n for n in ('', '_2') if os.path.isdir(os.path.join(path, f'text_encoder{n}'))]
+  if not there:
+    raise ConfigError(
+      f'config.text.path={path}: no text_encoder/ there; name the folder of a released model'
+    )
+  return {n: stored.weights(os.path.join(path, f'text_encoder{n}')) for n in there}
+
+
+def _tokenizer(path, number, folder):
+  """The tokenizer of an encoder: of the model's own folder, for a single file's of `folder`."""
+  whole = os.path.isdir(path)
+  if whole == bool(folder):
+    raise ConfigError(
+      f'config.text.tokenizer={folder!r}: {path} ' + (
+        'has tokenizers of its own: leave it out' if whole else
+        "holds no vocabulary: name a folder with CLIP's, as the tokenizer/ of any Stable Diffusion "
+        '(vocab.json, merges.txt, tokenizer_config.json)')
+    )
+  try:
+    if whole:
+      return tokenizers.clip(os.path.join(path, f'tokenizer{number}'))
+    return single.padded(tokenizers.clip(folder), path, number)
+  except ValueError as error:
+    raise ConfigError(f'config.text: {error}') from error
+
+
 class Encoder(NamedTuple):
-  """One text encoder of a folder."""
+  """One text encoder, frozen."""
 
   tokenizer: tokenizers.Tokenizer
   model: Any
@@ -201,19 +236,10 @@ class Encoder(NamedTuple):
   identity: Callable
 
 
-def _clip(path, number, several, dtype):
-  """The `Encoder` of tokenizer{number}/ and text_encoder{number}/ in `path`."""
-  folder = os.path.join(path, f'text_encoder{number}')
-  said = tensors.config_json(folder)
-  try:
-    spec = stored.from_config(said) | {'dtype': dtype}
-    spec |= {'skip': 1, 'norm': False} if several else {}
-    model = build('diffax.models', spec, path='text')
-    tokenizer = tokenizers.clip(os.path.join(path, f'tokenizer{number}'))
-  except ValueError as error:
-    raise ConfigError(f'config.text.path={path}: {error}') from error
-  files = tensors.find(folder)
-  place = stored.stored(model, stored.prefix_of(files.of))
+def _clip(found, tokenizer, several, dtype):
+  """The `Encoder` of its `tensors.Weights`."""
+  spec = found.spec | {'dtype': dtype} | ({'skip': 1, 'norm': False} if several else {})
+  model = build('diffax.models', spec, path='text')
 
   def like():
     tokens = jnp.zeros((1, model.length), jnp.int32)
@@ -221,9 +247,10 @@ def _clip(path, number, several, dtype):
 
   def identity():
     words = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-    return {'config': said, 'sha256': tensors.digest(files), 'tokenizer': words}
+    config = stored.to_config(found.spec)
+    return {'config': config, 'sha256': tensors.digest(found.files), 'tokenizer': words}
 
-  load = lambda like: tensors.load(files, like, place, stored.IGNORED)
+  load = lambda like: tensors.read(found, model, like)
   return Encoder(tokenizer, model, Frozen(like, load), identity)
 
 

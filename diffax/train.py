@@ -26,6 +26,7 @@ from diffax import sample
 from diffax import sharding
 from diffax import updates
 from diffax.build import build, ConfigError
+from diffax.convert import pipelines
 from diffax.data import pipeline
 from diffax.models import layers
 
@@ -389,8 +390,10 @@ def branches(like):
   }
 
 
-def _begin(run, checkpoints, warm):
-  """(step, state, how): from the newest checkpoint here, else another run's weights, else anew."""
+def _begin(run, checkpoints, warm, released):
+  """(step, state, how): from the newest checkpoint here, else another run's weights or a released
+  network's, else anew.
+  """
   step, found = checkpoint.restore(checkpoints, branches(run.like))
   if found is not None:
     frozen = sample.frozen(run)
@@ -405,21 +408,31 @@ def _begin(run, checkpoints, warm):
     averages = weights.get('ema', jax.device_put(copies, place))
     state = state.replace(params=weights['params'], ema=averages)
     return 0, state, f'beginning with the weights of {warm}'
+  if released:
+    net = pipelines.net(released, run.config['model'], run.like.params['net'])
+    averages = {
+      name: {**average, 'net': jax.device_put(
+        jax.tree.map(jnp.copy, net), jax.tree.map(lambda x: x.sharding, average['net']))}
+      for name, average in state.ema.items()
+    }
+    state = state.replace(params={**state.params, 'net': net}, ema=averages)
+    return 0, state, f'beginning with the network of {released}'
   return 0, state, 'beginning anew'
 
 
-def train(run, workdir, warm=None, profile=None):
+def train(run, workdir, warm=None, profile=None, released=''):
   """Trains until `config.steps`, from where the workdir left off. Returns the last state.
 
-  warm: a workdir whose weights a new run begins with. profile: steps to trace, (first, how many).
-  SIGTERM and SIGINT, on any host, save and stop. Raises BadStep at the first look after a loss or
-  gradient that was not finite.
+  warm: a workdir whose weights a new run begins with; released: a folder or single file, the
+  weights of whose network it does (`convert.pipelines`). profile: steps to trace, (first, how
+  many). SIGTERM and SIGINT, on any host, save and stop. Raises BadStep at the first look after a
+  loss or gradient that was not finite.
   """
   config, keep = run.config, run.config['keep']
   evals = evaluations(run)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep['last'], keep['every'])
   averages = checkpoint.Checkpoints(workdir / 'averages', None) if keep['averages'] else None
-  start, state, how = _begin(run, checkpoints, warm)
+  start, state, how = _begin(run, checkpoints, warm, released)
   log = logs.Log(
     workdir, start, config['steps'], config['batch_size'], model_flops(run), _peak(run.mesh),
     hosts.first(),

@@ -19,7 +19,7 @@ LAYERS = {
                 'images', 'tiles', 'convert'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'perceptual', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals',
-            'encode'),
+            'encode', 'export'),
   'doors': ('main',),
 }
 LOWER = ('mathematics', 'models', 'data', 'machinery')

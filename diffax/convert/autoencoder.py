@@ -119,6 +119,18 @@ def to_config(spec):
   return config | {'use_post_quant_conv': design.quant_conv, 'shift_factor': design.shift or None}
 
 
+def weights(folder):
+  """The `tensors.Weights` of an autoencoder in a folder of diffusers. Raises ConfigError."""
+  try:
+    spec = from_config(tensors.config_json(folder))
+  except build.ConfigError:
+    raise
+  except ValueError as error:
+    raise build.ConfigError(f'{folder}/config.json: {error}') from error
+  files = tensors.find(folder)
+  return tensors.Weights(spec, files, lambda model: suited(files.of, model), IGNORED)
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 BLOCK = {'norm_in': 'norm1', 'conv_in': 'conv1', 'norm_out': 'norm2', 'conv_out': 'conv2'}

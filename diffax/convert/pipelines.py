@@ -1,4 +1,4 @@
-"""Released models whole: from a folder in diffusers' layout to a config, and its network's weights.
+"""Released models whole: from a folder or single file to a config, and its network's weights.
 
 The folder's model_index.json names what it holds: a U-Net or transformer, an autoencoder, text
 encoders with their tokenizers, a scheduler. Each becomes a part of a config as a user would write
@@ -8,14 +8,19 @@ of diffusers' class of that name.
 Two things are ours: sampling begins with noise of the first level's sigma, where most of diffusers'
 schedulers take unit noise (of 50 steps 0.3% more), and a network is told its time between two
 levels of the table as it is, where some round it (Karras' levels by DPM-Solver++).
+
+A folder that `diffax.export` wrote of what diffusers has no words for says "_class_name": "diffax":
+its model_index.json holds a config, and its networks stand there by our own names.
 """
 
+import dataclasses
 import os
 
 from diffax.build import build, ConfigError, near
 from diffax.convert import autoencoder
 from diffax.convert import dit
 from diffax.convert import latent_unet
+from diffax.convert import single
 from diffax.convert import tensors
 
 PIPELINES = (
@@ -23,10 +28,15 @@ PIPELINES = (
   'StableDiffusionInstructPix2PixPipeline', 'StableDiffusionXLPipeline',
   'StableDiffusionXLImg2ImgPipeline', 'StableDiffusionXLInpaintPipeline', 'DiTPipeline',
 )  # fmt: skip
+OWN = 'diffax'  # as a _class_name
+NAMED = ('task', 'schedule', 'prediction', 'given', 'latent', 'text', 'model', 'data')
+SECTIONS = (*NAMED, 'sample')  # of a config, that a folder of our own holds
 FAMILIES = {  # of the network's _class_name: the module that knows its files
   'UNet2DConditionModel': latent_unet,
   'DiTTransformer2DModel': dit,
   'Transformer2DModel': dit,
+  'AutoencoderKL': autoencoder,
+  'VQModel': autoencoder,
 }
 GIVENS = {'StableDiffusionInstructPix2PixPipeline': 'before'}
 OFFSET = PIPELINES[:3]  # whose code takes 1 for a steps_offset of old folders
@@ -67,14 +77,18 @@ ONLY = {  # what must be so where a scheduler says it
 
 
 def config(path, batch_size=1):
-  """The config, as a dict, that samples from the released model in a folder.
+  """The config, as a dict, that samples from the released model in a folder or single file.
 
   Its sampler is the one the folder names. Raises ConfigError, a line that names the file and what
   it says, for what there is not.
   """
   path = os.fspath(path)
+  if not os.path.isdir(path):
+    return single.config(path, batch_size)
   index = tensors.json_object(os.path.join(path, 'model_index.json'))
   kind = index.get('_class_name')
+  if kind == OWN:
+    return _own_config(path, index, batch_size)
   if kind not in PIPELINES:
     raise ConfigError(f'{path}/model_index.json: _class_name={kind!r}; {near(kind, PIPELINES)}')
   if index.get('requires_aesthetics_score'):
@@ -82,9 +96,9 @@ def config(path, batch_size=1):
       f'{path}/model_index.json: requires_aesthetics_score: a network that is told how good a '
       'picture is, as the refiner, is not sampled from; take the base model'
     )
-  family, _, said = _network(path)
+  folder, said = _network(path)
+  model = _spec(folder, said)
   try:
-    model = family.from_config(said)
     factor = _factor(path)
   except ValueError as error:
     raise ConfigError(f'{path}: {error}') from error
@@ -112,22 +126,69 @@ def config(path, batch_size=1):
 
 
 def _network(path):
-  """(module of the family, folder, config.json) of a released model's network."""
-  for folder in ('unet', 'transformer'):
-    if os.path.isdir(os.path.join(path, folder)):
-      said = tensors.config_json(os.path.join(path, folder))
+  """(folder, config.json) of a released network: of one of a model, or the folder itself."""
+  for folder in ('unet', 'transformer', 'net', '.'):
+    folder = os.path.normpath(os.path.join(path, folder))
+    if os.path.isfile(os.path.join(folder, 'config.json')):
+      said = tensors.config_json(folder)
       kind = said.get('_class_name')
-      if kind not in FAMILIES:
+      if kind not in FAMILIES and kind != OWN:
         raise ConfigError(
-          f'{path}/{folder}/config.json: _class_name={kind!r}; {near(kind, FAMILIES)}')
-      return FAMILIES[kind], folder, said
+          f'{folder}/config.json: _class_name={kind!r}; {near(kind, FAMILIES)}')
+      return folder, said
   raise ConfigError(f'{path} holds neither unet/ nor transformer/: name the folder of a released '
                     'model, in which model_index.json is')
+
+
+def _spec(folder, said):
+  """The spec of a network, of what its config.json says."""
+  try:
+    if said['_class_name'] != OWN:
+      return FAMILIES[said['_class_name']].from_config(said)
+    return ours(said['model'], f'{folder}/config.json')
+  except ConfigError:
+    raise
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f'{folder}/config.json: {" ".join(str(error).split())}') from error
 
 
 def _factor(path):
   spec = autoencoder.from_config(tensors.config_json(os.path.join(path, 'vae')))
   return build('diffax.models', spec, path='latent').factor
+
+
+def _own_config(path, index, batch_size):
+  """The config in a folder that diffax wrote, with the parts of that folder in it."""
+  where = os.path.join(path, 'model_index.json')
+  said = index.get('config')
+  if not isinstance(said, dict) or sorted(said) != sorted(SECTIONS) or not all(
+    isinstance(said[k], dict) and isinstance(said[k].get('name'), str) for k in NAMED
+  ) or said['data']['name'] != 'blank':
+    raise ConfigError(f'{where} holds no config as diffax writes it: get it again')
+  ours(said, where)
+  made = {**said, 'steps': 1, 'batch_size': batch_size, 'ema': ()}
+  if made['latent']['name'] != 'none':
+    made['latent'] = {**made['latent'], 'path': os.path.join(path, 'vae')}
+  if made['text']['name'] == 'clip':
+    made['text'] = {**made['text'], 'path': path, 'tokenizer': ''}
+  elif made['text']['name'] != 'none':
+    made['text'] = {**made['text'], 'tokenizer': os.path.join(path, 'tokenizer', 'tokenizer.json')}
+  return made
+
+
+def ours(said, where):
+  """`said` itself, a part of a config, where all that it names is diffax's: a folder is data, of
+  which nothing is to be run. Raises ConfigError.
+  """
+  parts = [said]
+  for part in parts:
+    values = part.values() if isinstance(part, dict) else part
+    parts += [x for x in values if isinstance(x, (dict, list, tuple))]
+    foreign = [x for x in values if isinstance(x, str) and '.' in x]
+    if foreign:
+      raise ConfigError(
+        f'{where}: {foreign[0]!r} is no name of diffax, and a folder of weights can bring none')
+  return said
 
 
 def _scheduler(path):
@@ -211,12 +272,75 @@ def _grid(said, pipeline):
   return grid
 
 
-def net(path, spec, like):
-  """The network's parameters of a released folder, laid out as `like`; spec: the config's model.
+def network(path):
+  """The `tensors.Weights` of the network of a folder or single file. Raises ConfigError."""
+  path = os.fspath(path)
+  if not os.path.isdir(path):
+    return single.network(path)
+  folder, said = _network(path)
+  spec, files = _spec(folder, said), tensors.find(folder)
+  if said['_class_name'] == OWN:
+    return tensors.Weights(spec, files, own)
+  family = FAMILIES[said['_class_name']]
+  if family is autoencoder:
+    return autoencoder.weights(folder)
+  return tensors.Weights(spec, files, family.stored, family.IGNORED)
 
-  Raises ConfigError that names every tensor that is not as it should be.
+
+def own(model):
+  """Where the parameters of any network stand by our own names, see `tensors.Stored`."""
+  del model
+  return lambda path, shape: tensors.Stored((path.replace('/', '.'),))
+
+
+FREE = ('parent', 'name', 'dropout', 'remat', 'dtype')  # of training and of the machine
+FREE += ('channels', 'base', 'shift', 'scale')  # what a tensor's shape, or the config, tells
+
+
+def _options(model):
+  """{option: value} of a network: what it computes with its parameters."""
+  said = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+  said |= said.pop('design')._asdict() if 'design' in said else {}
+  return {'network': type(model).__name__, **{k: v for k, v in said.items() if k not in FREE}}
+
+
+def fits(path, spec, like):
+  """(`tensors.Weights`, model) of released weights for the config's model of `spec`, of which all
+  is known to be there: parameters `like`. Raises ConfigError that names every option that is
+  another and every tensor that is not as it should be; reads none.
   """
-  family, folder, _ = _network(path)
-  model = build('diffax.models', spec, path='model')
-  files = tensors.find(os.path.join(path, folder))
-  return tensors.load(files, like, family.stored(model), family.IGNORED)
+  found = network(path)
+  here, there = (build('diffax.models', s, path='model') for s in (spec, found.spec))
+  here_is, there_is = _options(here), _options(there)
+  wrong = [f'{k}={there_is.get(k)!r} there, {here_is.get(k)!r} in config.model'
+           for k in here_is if here_is[k] != there_is.get(k)]
+  if wrong:
+    raise ConfigError(f'{path} is of another network: {"; ".join(wrong)}')
+  tensors.check(found.files, tensors.wanted(like, found.stored(here)), found.ignored)
+  return found, here
+
+
+def net(path, spec, like):
+  """The network's parameters of released weights, laid out as `like`; spec: the config's model.
+
+  Raises ConfigError as `fits`.
+  """
+  return tensors.read(*fits(path, spec, like), like)
+
+
+def groups(path, like):
+  """The other parameters {group: tree} of a folder that diffax wrote, as a text encoder's that was
+  trained along. Raises ConfigError.
+  """
+  found = {}
+  for name, tree in like.items():
+    folder = os.path.join(os.fspath(path), group_folder(name))
+    if not os.path.isdir(folder):
+      raise ConfigError(f'{path} holds no {group_folder(name)}/, and the config has one to train')
+    found[name] = tensors.load(tensors.find(folder), tree, own(None))
+  return found
+
+
+def group_folder(name):
+  """How the folder of a group of parameters is called."""
+  return {'text': 'text_encoder'}.get(name, name)

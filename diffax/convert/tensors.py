@@ -9,6 +9,7 @@ import json
 import os
 import re
 from typing import NamedTuple
+from collections.abc import Callable
 
 import einops
 import jax
@@ -45,6 +46,19 @@ class Files(NamedTuple):
 
   where: str
   of: dict
+
+
+class Weights(NamedTuple):
+  """A network as it stands in files.
+
+  spec: of the model, as `build` takes it. files: a `Files`. stored: model -> ((path, shape) ->
+  `Stored`). ignored: patterns (`re.fullmatch`) of names in the files that mean nothing to it.
+  """
+
+  spec: dict
+  files: Files
+  stored: Callable
+  ignored: tuple = ()
 
 
 DENSE, CONV, DENSE_CONV = 'i o -> o i', 'h w i o -> o i h w', 'i o -> o i 1 1'
@@ -275,6 +289,11 @@ def load(files, like, stored, ignored=()):
   finally:
     for file in opened.values():
       file.__exit__(None, None, None)
+
+
+def read(weights, model, like):
+  """The parameters `like` of a model, of its `Weights`; see `load`."""
+  return load(weights.files, like, weights.stored(model), weights.ignored)
 
 
 def digest(files):

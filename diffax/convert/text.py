@@ -1,5 +1,6 @@
 """CLIP's text encoders in files of others: transformers' folders, single-file checkpoints."""
 
+from diffax import build
 from diffax.convert import tensors
 from diffax.convert.tensors import Stored
 from diffax.models import text
@@ -93,6 +94,19 @@ def to_config(spec):
     projection_dim=model.projection or model.width, attention_dropout=0.0, bos_token_id=0,
     pad_token_id=1, eos_token_id=LEGACY if model.end == text.LARGEST else model.end,
   )
+
+
+def weights(folder):
+  """The `tensors.Weights` of an encoder in a folder of transformers. Raises ConfigError."""
+  try:
+    spec = from_config(tensors.config_json(folder))
+  except build.ConfigError:
+    raise
+  except ValueError as error:
+    raise build.ConfigError(f'{folder}: {error}') from error
+  files = tensors.find(folder)
+  prefix = prefix_of(files.of)
+  return tensors.Weights(spec, files, lambda model: stored(model, prefix), IGNORED)
 
 
 def prefix_of(names):

@@ -192,6 +192,24 @@ def clip(path) -> Tokenizer:
   return Tokenizer(_dumps(json.loads(model.to_str())), length, len(vocab), start, end, pad)
 
 
+def clip_files(tokenizer):
+  """{file: text} of a folder that `clip`, and transformers' CLIPTokenizer, make the same of."""
+  model = json.loads(tokenizer.model)
+  vocab, merges = model['model']['vocab'], model['model']['merges']
+  tokens = {i: token for token, i in vocab.items()}
+  of = dict(bos_token=tokenizer.start, eos_token=tokenizer.end, pad_token=tokenizer.pad)
+  special = {k: tokens[i] for k, i in of.items()} | dict(unk_token=model['model']['unk_token'])
+  added = {str(t['id']): {k: v for k, v in t.items() if k != 'id'} for t in model['added_tokens']}
+  config = dict(
+    special, added_tokens_decoder=added, do_lower_case=True, model_max_length=tokenizer.length,
+    tokenizer_class='CLIPTokenizer')
+  lines = ['#version: 0.2', *(' '.join(pair) for pair in merges)]
+  return {
+    'vocab.json': _dumps(vocab), 'merges.txt': '\n'.join(lines) + '\n', CONFIG: _dumps(config),
+    MAP: _dumps(special),
+  }
+
+
 def _vocabulary(path):
   """({token: id}, [(left, right), ...]) of a folder."""
   there = sorted(os.listdir(path)) if os.path.isdir(path) else []
