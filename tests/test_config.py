@@ -201,7 +201,7 @@ def test_wrong(override, said):
   ('c.batch_size = True', 'batch_size=True'),
   ('del c.steps', "says no 'steps'"),
   ('del c.model.width', 'width'),
-  ('del c.model.name', 'model.*allowed: adm, ddpm, ddpmpp, dit'),
+  ('del c.model.name', 'model.*allowed: adm, .*ddpm, ddpmpp, dit'),
   ('c.model = 3', 'model'),
   ('c.mesh.pipeline = 3', 'pipeline'),
   ('syntax error', 'SyntaxError'),
