@@ -328,7 +328,7 @@ def save(path, params, stored, dtype='F32'):
       x = sharding.fetch(paths[leaf] if row is None else paths[leaf][row])
       made.append(_there(np.asarray(x), places[name, i]))
     whole = np.concatenate(made) if len(made) > 1 else made[0]
-    return np.ascontiguousarray(whole.astype(DTYPES[dtype]))
+    return np.asarray(whole.astype(DTYPES[dtype]), order='C')  # which leaves a scalar one
 
   return _write(os.fspath(path), parts, tensor)
 
