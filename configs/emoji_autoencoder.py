@@ -11,7 +11,8 @@ a file of LPIPS (see `diffax.perceptual.lpips`) and a discriminator of patches, 
   --config.task.perceptual.name=lpips --config.task.perceptual.weights=lpips.safetensors
   --config.task.discriminator.weight=0.1 --config.task.discriminator.start=1000
 
-The scale of the latents that a diffusion model should see is 1 / `reconstruction/latent_std`.
+`--mode export --out DIR` writes what is trained as a folder for `latent=dict(name='autoencoder',
+path=DIR)`, with the scale that a diffusion model should see its latents at.
 """
 
 from typing import Literal

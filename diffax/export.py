@@ -284,7 +284,7 @@ def _index(config, vae, network, encoders):
   folder, said, _ = network
   given, named, zeros = config['given']['name'], config['text']['name'], False
   if vae is None or vae.spec['name'] != 'autoencoder_kl' or vae.spec.get('shift'):
-    raise ValueError('a latent without, with a codebook or with a shift')
+    raise ValueError('latents of a codebook, with a shift, or none')
   index = {folder: ['diffusers', said['_class_name']], 'vae': ['diffusers', 'AutoencoderKL']}
   if folder == 'transformer':
     if named != 'none' or given != 'none' or said['num_embeds_ada_norm'] != 1000:

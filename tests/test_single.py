@@ -160,6 +160,23 @@ def test_kinds(width, prefix, channels, name, monkeypatch, caplog):
   assert sum(each.width for each in texts) == unet.design.text == width
 
 
+@pytest.mark.parametrize('name, width, channels', [
+  ('stable-diffusion-v1-5', 768, 4), ('stable-diffusion-2-1', 1024, 4),
+  ('stable-diffusion-xl-base-1.0', 2048, 4), ('stable-diffusion-inpainting', 768, 9),
+  ('instruct-pix2pix', 768, 8),
+])
+def test_networks_are_those_of_published_folders(name, width, channels):
+  """So that training may begin with either; and the autoencoder is theirs."""
+  _, unet, _ = test_pipelines.PUBLISHED[name]
+  spec = single.KINDS[width].model | single.SHOWN[channels][0]
+  options = lambda spec: pipelines._options(build('diffax.models', spec, path='model'))
+  assert options(spec) == options(latent_unet.from_config(unet))
+  vae = test_pipelines.SD_VAE | dict(scaling_factor=0.13025 if width == 2048 else 0.18215)
+  designs = [build('diffax.models', s, path='vae').design for s in (
+    single.KINDS[width].autoencoder, autoencoder.from_config(vae))]
+  assert designs[0] == designs[1]
+
+
 @pytest.mark.parametrize('found, words', [
   (header(1280), 'text of 1280 channels that sees 4: none of Stable Diffusion 1, '),
   (header(1024, 5, 'cond_stage_model.model.'), 'sees 5: none of .* which see 4, 8, 9'),
