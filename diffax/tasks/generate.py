@@ -163,8 +163,9 @@ def _space(config, source):
     for sides in config['data']['buckets']:
       latent.shape((*sides, shape[-1]))  # raises where they do not divide into latents
     return Space(latent.shape(shape), shape, latent, latent.encode, partial(_records, source, size))
-  pixels = *(side * latent.factor for side in shape[:-1]), 3
+  pixels = shape
   if latent.channels:  # what is stored is `moments`
+    pixels = *(side * latent.factor for side in shape[:-1]), 3
     shape = *shape[:-1], latent.channels
   data = lambda groups, x, keys: latent.draw(x, keys)
   return Space(shape, pixels, latent, data, decoded=bool(latent.frozen))
