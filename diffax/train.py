@@ -390,7 +390,7 @@ def branches(like):
   }
 
 
-def _begin(run, checkpoints, warm, released):
+def _begin(run, checkpoints, warm=None, released=''):
   """(step, state, how): from the newest checkpoint here, else another run's weights or a released
   network's, else anew.
   """

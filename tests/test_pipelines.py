@@ -513,7 +513,7 @@ def test_through_the_door(painter, tmp_path):
 def test_a_long_prompt(folder, caplog):
   made = pipelines.config(folder)
   text = build('diffax.texts', made['text'], None, path='text')
-  told = conditions.Conditions(0, text, None, None, None, None, 1, ('text',))
+  told = conditions.Conditions(0, text, None, None, None, None, 1, ('text',), (8, 8, 3))
   conditions.asking(told, dict(labels='balanced', negative=''), 'sample', ['a ' * 75 + 'cat.'], {})
   said, = [r.getMessage() for r in caplog.records]
   assert "'cat.' is cut off" in said
