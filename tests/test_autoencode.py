@@ -367,6 +367,7 @@ def test_moments_of_a_gaussian():
   assert draws.std() > 1.1 * made['mean'].std()
 
 
+@pytest.mark.slow  # of phases alike in test_phases
 def test_accumulation_and_mesh():
   """Both phases over the whole batch: the same in parts, and on eight devices."""
   plain = ('data.name=digits', 'task.discriminator.start=0', 'optimizer.name=sgd',
@@ -388,6 +389,7 @@ def test_accumulation_and_mesh():
       assert float(metrics[key]) == pytest.approx(float(told[key]), rel=1e-4), key
 
 
+@pytest.mark.slow  # of phases alike in test_phases
 def test_killed(tmp_path):
   """Killed between two checkpoints, the discriminator under way: the same bits at the end."""
   straight, workdir = tmp_path / 'straight', tmp_path / 'killed'
