@@ -3,8 +3,8 @@
   python -m diffax.main --config configs/emoji_autoencoder.py --workdir runs/emoji_autoencoder
   python -m diffax.main --config configs/emoji_autoencoder.py:vq --workdir runs/emoji_vq
 
-`full`: a KL autoencoder of 0.7 M parameters, 0.74 GFLOP forward; 3000 steps of 32 pictures, some 40
-minutes of one CPU core at 40 pictures a second; not run here to its end. `vq`: a codebook of 1024
+`full`: a KL autoencoder of 0.7 M parameters, 0.74 GFLOP forward; 3000 steps of 32 pictures, some 70
+minutes of one CPU core at 21 pictures a second; not run here to its end. `vq`: a codebook of 1024
 in its place. The perceptual loss is that of random features, for nothing is to be downloaded; with
 a file of LPIPS (see `diffax.perceptual.lpips`) and a discriminator of patches, on a GPU:
 
