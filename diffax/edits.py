@@ -60,7 +60,8 @@ class Edit(NamedTuple):
   prompts: prompts -> (those of the samples, {name: prompt}), others whose conditions it needs.
   begin: Place -> (ts, x). told: Place -> (cond, null). wrap: (Place, denoiser) -> denoiser. finish:
   (asked, pictures) -> pictures. guide: (Place, scale) -> denoiser, in place of the settings' own.
-  trained: whether it is for a network with `config.given` alone; needs: what of it it gives.
+  trained: whether it is for a network with `config.given` alone; needs: what it asks of the user's
+  pictures, () where it has none.
   """
 
   ask: Callable = lambda index, shape: {}
@@ -96,7 +97,8 @@ def image_to_image(image: str, strength=0.8) -> Edit:
     z = place.encode(place.asked['picture'])
     return inverse.sdedit(place.schedule, place.ts, strength, z, _unit(place))
 
-  return Edit(lambda index, shape: {'picture': _pictures(files, index, shape)}, begin=begin)
+  ask = lambda index, shape: {'picture': _pictures(files, index, shape)}
+  return Edit(ask, begin=begin, needs=('picture',))
 
 
 def _unit(place):
@@ -229,7 +231,7 @@ def invert(image: str, prompt='', strength=1.0) -> Edit:
 
   return Edit(
     lambda index, shape: {'picture': _pictures(files, index, shape)},
-    lambda prompts: (prompts, {'source': prompt}), begin)
+    lambda prompts: (prompts, {'source': prompt}), begin, needs=('picture',))
 
 
 def interpolate(frames=8, seeds=(0, 1)) -> Edit:

@@ -26,7 +26,7 @@ ROWS = 100_000  # images of which single features are kept; moments are of all
 CHUNK = 1000  # images read at once
 FIELDS = ('pool', 'spatial', 'logits', 'label')  # of a `metrics.Set`, a row an image
 # What a config's `data` says beside the source.
-OUTSIDE = ('size', 'flip', 'workers', 'on_error', 'buckets')
+OUTSIDE = tuple(configs.BESIDE)
 PLACE = ('data_dir', 'path', 'split')  # where the source lies, and what is said by itself
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax import checkpoint
+from diffax import config as configs
 from diffax import ema
 from diffax import evaluate
 from diffax import flops
@@ -74,10 +75,7 @@ def setup(config, devices=None):
 
   devices: of the mesh, None for all; they may be of a topology that is compiled for and not there.
   """
-  source = build(
-    'diffax.data.sources', config['data'], path='data',
-    skip=('size', 'flip', 'workers', 'on_error', 'buckets'),
-  )
+  source = build('diffax.data.sources', config['data'], path='data', skip=tuple(configs.BESIDE))
   task = build('diffax.tasks', config['task'], config, source, path='task')
   tx, rate = optim.optimizers(config, [phase.name for phase in task.phases])
   for key in ('steps', 'batch_size', 'accumulate', 'log_every', 'save_every'):

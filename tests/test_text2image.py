@@ -286,6 +286,8 @@ def test_given(folder, tmp_path, given, words):
   mine, data = drawn(run, params, one, *edit)[0], drawn(run, params, one)[0]
   assert mine.shape == data.shape == (4, 8, 8, 3)
   assert np.abs(data[0] - data[1]).max() > 1e-4
+  with pytest.raises(ConfigError, match='this network is told a picture'):  # and of another kind
+    drawn(run, params, one, 'edit=image_to_image', f'edit.image={tmp_path / "a.png"}')
   if given == 'masked':  # what is not to be painted is the picture's
     np.testing.assert_allclose(mine[0][~np.eye(8, dtype=bool)], 200 / 127.5 - 1, atol=1e-6)
 

@@ -391,7 +391,8 @@ def _sizes(network, edit, settings, path):
   space, given, size = network.space, network.told.given, tuple(settings['size'])
   if len(size) not in (0, 2):
     raise ConfigError(f'config.{path}.size={size}: say (height, width) in pixels, () as trained')
-  if given.show and not given.train and not set(given.needs) <= set(edit.needs):
+  own = given.train and not edit.needs  # the data's own pictures, as in training
+  if given.show and not own and not set(given.needs) <= set(edit.needs):
     raise ConfigError(
       f'config.{path}.edit={settings["edit"]["name"]!r}: this network is told a picture; name an '
       'edit that has one, as inpaint, instruct or upscale'
