@@ -141,10 +141,10 @@ def _like(like, name):
 
 def released(run, weights):
   """The state to sample from of a released model (`convert.pipelines`)."""
-  rest = dict(run.like.params)
+  kept, rest = frozen(run), dict(run.like.params)  # the smaller first: misfits show soon
   net = pipelines.net(weights, run.config['model'], rest.pop('net'))
   params = {'net': net, **pipelines.groups(weights, rest)}
-  return run.like.replace(params=params, frozen=frozen(run))
+  return run.like.replace(params=params, frozen=kept)
 
 
 def sample(run, workdir, step, weights=''):
