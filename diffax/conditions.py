@@ -20,7 +20,8 @@ class Conditions(NamedTuple):
   """classes: of labels, 0 for none. text: a `texts.Text`. captions: of the data, None for none.
   given: a `givens.Given`. encode: (groups, pictures, keys) -> z; mean: (groups, pictures) -> the
   mean of what is encoded, before shift and scale. factor: pixels a side of what x has one of. told:
-  names in cond that the network takes. pixels: [h w c] of the pictures.
+  names in cond that the network takes. pixels: [h w c] of the pictures. sizes: how many numbers
+  cond['size'] has; five are for a network told of an aesthetic score in place of the last two.
   """
 
   classes: int
@@ -32,12 +33,14 @@ class Conditions(NamedTuple):
   factor: int
   told: tuple
   pixels: tuple
+  sizes: int = 6
 
   @property
   def any(self):
     return bool(self.told)
 
 
+SCORED = 5  # numbers in cond['size'], the last a score; Podell et al. 2023, "SDXL", sec. 2.5
 TOLD = {  # of names in cond, the options of a network by which it takes them
   'label': ('classes',), 'text': ('text',), 'text_mask': ('text',), 'pooled': ('pooled',),
   'size': ('sizes', 'resolution'), 'image': ('image',), 'mask': ('mask',),
@@ -73,6 +76,12 @@ def check(config, model, text, given, shape):
         f'config.{of}={said!r} is there, and the model {name} is not told of it: say '
         f'--config.model.{field}={has}, with a model that has this option'
       )
+  levels = option(model, 'noise_levels')
+  if bool(levels) != given.apart or given.noise > levels > 0:
+    raise ConfigError(
+      f'config.model.noise_levels={levels} of {name}, but config.given={config["given"]["name"]!r} '
+      f'tells {f"levels up to {given.noise}" if given.apart else "none"}: say --config.given=noised'
+    )
 
 
 def example(conditions, model, shape):
@@ -83,7 +92,7 @@ def example(conditions, model, shape):
     'text': jnp.zeros((1, 1, size('text'))),
     'text_mask': jnp.ones((1, 1), jnp.int32),
     'pooled': jnp.zeros((1, size('pooled'))),
-    'size': jnp.ones((1, max(int(size('sizes')), 6 * bool(size('resolution'))))),
+    'size': jnp.ones((1, int(size('sizes')) or 6)),
     'image': jnp.zeros((1, *shape[:-1], size('image'))),
     'mask': jnp.zeros((1, *shape[:-1], 1)),
     'noise_level': jnp.zeros(1, jnp.int32),
@@ -101,6 +110,11 @@ def training(conditions, groups, batch, keys, drop):
   groups: {name: parameters} that a text encoder may find its own in. keys: [b], for what is given.
   """
   cond, text, given = {}, conditions.text, conditions.given
+  if conditions.sizes == SCORED:
+    raise ConfigError(
+      'config.model.sizes=5 is of a network told aesthetic scores, as the refiner of Stable '
+      'Diffusion XL, of which no data here tells any: it samples, and trains not'
+    )
   size = _size(*conditions.pixels[:2])
   cond['size'] = batch.get('size', jnp.broadcast_to(size, (len(drop), 6)))
   if conditions.classes:
@@ -185,10 +199,11 @@ def said(conditions, prompts, index):
   return [among[i % len(among)] for i in index]
 
 
-def sampling(conditions, groups, asked, keys, size):
+def sampling(conditions, groups, asked, keys, size, aesthetic):
   """{'cond': cond, 'null': cond, ...}, each [b ...], of what `asking` and an edit's `ask` gave.
 
-  keys: [b], for what is given. size: (h, w) of the pictures that are drawn.
+  keys: [b], for what is given. size: (h, w) of the pictures that are drawn. aesthetic: (score of
+  cond, of null), for networks told one.
   """
   found, b = {'cond': {}, 'null': {}}, len(keys)
   if conditions.classes:
@@ -202,7 +217,12 @@ def sampling(conditions, groups, asked, keys, size):
       part = jax.tree.map(lambda x, i=i: x[i * b : (i + 1) * b], encoded)
       name = name.partition('_')[2] or 'cond'
       found[name] = found.get(name, {}) | part
-  shared = {'size': jnp.broadcast_to(_size(*size), (b, 6))}
+  shared = {}
+  for name, cond in found.items():
+    said = _size(*size)
+    if conditions.sizes == SCORED:
+      said = jnp.append(said[:4].astype(jnp.float32), aesthetic[name == 'null'])
+    cond['size'] = jnp.broadcast_to(said, (b, len(said)))
   if conditions.given.show:
     record = asked.get('record')  # of the data, where the user gives no picture
     given = conditions.given

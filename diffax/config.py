@@ -52,10 +52,11 @@ SAMPLING = dict(
   noise='independent',
   prompts=(),  # of a model that is told text, taken in turn; none: captions of the data
   negative='',
+  aesthetic=(6.0, 2.5),  # scores to reach and to leave, of a network told them: SDXL's refiner
   edit=dict(name='none'),  # what is done with pictures of the user's
   size=(),  # (height, width) in pixels, where it is not that of training
   window=(),  # (side, overlap) of x: the network sees x by parts, for sizes beyond training's
-  tile=0,  # pixels a side that an autoencoder decodes at a time, 0 for all
+  tile=0,  # pixels a side that an autoencoder sees at a time, 0 for all
   guidance=1.0,
   interval=(),
   guide=dict(name='cfg'),

@@ -8,7 +8,7 @@ An edit changes where the walk begins, what the network is told, or the denoiser
                    else by holding the rest to what is known
   outpaint         beyond the edges of a picture, alike
   instruct         a picture as a text says, by a network trained to (givens.before)
-  upscale          a larger picture, by a network trained to (givens.smaller)
+  upscale          a larger picture, by a network trained to (givens.smaller, givens.noised)
   invert           from the noise that a picture comes of under another text
   interpolate      from one text and noise to another
   variations       from noise around that of one sample
@@ -196,9 +196,9 @@ def instruct(image: str, image_guidance=1.5) -> Edit:
 def upscale(image: str, noise=0.0) -> Edit:
   """A larger picture, by a network that was trained to (given=smaller): a cascade's next stage.
 
-  image: the small ones, of files or a run's samples/. noise: deviation of what is added to them,
-  within what training added; Ho et al. 2021, "Cascaded Diffusion Models", sec. 4.2. Raises
-  ConfigError.
+  image: the small ones, of files or a run's samples/. noise: what is added to them, within what
+  training added: a deviation for given=smaller, for given=noised a step of its table, as 20; Ho et
+  al. 2021, "Cascaded Diffusion Models", sec. 4.2. Raises ConfigError.
   """
   files = _files(image, 'image')
   if noise < 0:

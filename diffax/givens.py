@@ -7,6 +7,7 @@ latents, `image` is encoded and `mask` made as small.
   none        no picture
   masked      a picture with a part hidden, and where that is: inpainting
   smaller     a smaller picture, with noise: one stage of a cascade
+  noised      a smaller picture as a table of steps noises it, a pixel a latent: SD's upscaler
   before      the picture to be changed: instruction editing
 """
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from diffax import noises
+from diffax import schedules
 
 
 class Given(NamedTuple):
@@ -26,8 +28,9 @@ class Given(NamedTuple):
   shown: `image` [b h w c], and where there is one `mask` [b h w 1], 1 where it is to be painted.
   needs: what of the user's pictures `asked` must hold. latent: whether `image` is encoded; mean: by
   the mean of its latents before they are scaled. extra: channels of `image` beside the picture's.
-  scale: how much smaller the user's picture is. drop: how often training shows zeros in its place,
-  for guidance by it.
+  scale: how much smaller the user's picture is. apart: whether it is shown as small as it is, a
+  pixel for each of x. noise: the most that training adds. drop: how often training shows zeros in
+  its place, for guidance by it.
   """
 
   train: Callable | None = None
@@ -37,6 +40,8 @@ class Given(NamedTuple):
   mean: bool = False
   extra: int = 0
   scale: int = 1
+  apart: bool = False
+  noise: float = 0.0
   drop: float = 0.0
 
 
@@ -97,12 +102,51 @@ def smaller(factor=4, noise=0.3, drop=0.0) -> Given:
   def train(pictures, keys):
     draws = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     level = noise * jax.vmap(jax.random.uniform)(draws[:, 0])
-    small = einops.reduce(
-      pictures, 'b (h i) (w j) c -> b h w c', 'mean', i=factor, j=factor)
-    return shown(small, level, draws[:, 1])
+    return shown(shrink(pictures, factor), level, draws[:, 1])
 
   show = lambda asked, keys: shown(asked['image'], asked['noise'], keys)
-  return Given(train, show, ('image', 'noise'), extra=1, scale=factor, latent=False, drop=drop)
+  return Given(
+    train, show, ('image', 'noise'), extra=1, scale=factor, latent=False, noise=noise, drop=drop)
+
+
+def noised(
+  factor=4, most=350, table='scaled_linear', beta_min=1e-4, beta_max=0.02, steps=1000, drop=0.0,
+) -> Given:
+  """A picture of a `factor`-th of the sides, noised as a table's step does: `image`, each pixel
+  beside the latent of its place, and `noise_level`, int [b], the step.
+
+  Stable Diffusion's upscaler; Rombach et al. 2022, sec. 4.4, with the noise of Ho et al. 2021, sec.
+  4.2. table: scaled_linear or linear_table of `diffax.schedules`, with its betas and steps.
+  Training draws a step uniform in [0, most], sampling takes the edit's. Raises ValueError for other
+  numbers.
+  """
+  if factor < 2 or not 0 <= most < steps:
+    raise ValueError(f'noised: factor={factor}, most={most}: say 2 and more, and [0, {steps})')
+  tables = {f.__name__: f for f in (schedules.scaled_linear, schedules.linear_table)}
+  if table not in tables:
+    raise ValueError(f'noised: table={table!r}: say {" or ".join(tables)}')
+  schedule = tables[table](beta_min, beta_max, steps)
+
+  def shown(small, step, keys):
+    level = schedule(((step + 1) / steps)[:, None, None, None])
+    noise = noises.normal(keys, small.shape[1:])
+    return {'image': level.alpha * small + level.sigma * noise, 'noise_level': step}
+
+  def train(pictures, keys):
+    draws = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    step = jax.vmap(lambda key: jax.random.randint(key, (), 0, most + 1))(draws[:, 0])
+    return shown(shrink(pictures, factor), step, draws[:, 1])
+
+  def show(asked, keys):
+    return shown(asked['image'], jnp.round(asked['noise']).astype(jnp.int32), keys)
+
+  return Given(
+    train, show, ('image', 'noise'), scale=factor, latent=False, apart=True, noise=most, drop=drop)
+
+
+def shrink(x, factor):
+  """[b h f w f c] -> [b h w c], the mean of each square."""
+  return einops.reduce(x, 'b (h i) (w j) c -> b h w c', 'mean', i=factor, j=factor)
 
 
 def enlarge(x, factor):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax import noises
+from diffax import tiles
 from diffax.build import build, ConfigError
 from diffax.convert import autoencoder as stored
 from diffax.convert import single
@@ -33,8 +34,8 @@ class Latent(NamedTuple):
 
   moments: (groups, pictures [b h w c]) -> [b h w k], what is known of their z. draw: (moments,
   keys [b], or None for the mean) -> z [b h w c]. mean: moments -> that mean before shift and scale.
-  decode: (groups, z) -> pictures. decode_told: (groups, z, told) -> (pictures, tells), for tiles
-  (`tiles.shared`). shape: that of a picture -> that of its z. frozen: see `tasks.Task`. factor:
+  decode: (groups, z) -> pictures. telling: {'moments' and 'decode': (groups, x, told) -> (the like,
+  tells)}, for tiles. shape: that of a picture -> that of its z. frozen: see `tasks.Task`. factor:
   pixels of a picture a side of a latent. channels: of z, 0 for those of the pictures. identity: ()
   -> plain data that says what moments are by; it reads files.
   """
@@ -43,7 +44,7 @@ class Latent(NamedTuple):
   draw: Callable = lambda moments, keys: moments
   mean: Callable = lambda moments: moments
   decode: Callable = lambda groups, z: z
-  decode_told: Callable | None = None
+  telling: dict = {}
   shape: Callable = lambda shape: shape
   frozen: dict = {}
   factor: int = 1
@@ -53,6 +54,15 @@ class Latent(NamedTuple):
   def encode(self, groups, pictures, keys):
     """The z of pictures, drawn by keys [b] or, with None, the mean."""
     return self.draw(self.moments(groups, pictures), keys)
+
+  def tiled(self, side):
+    """The same by tiles of `side` latents that share a quarter, see `tiles.traced`."""
+    def by_tiles(name, unit, scale):
+      return lambda groups, x: tiles.traced(
+        partial(self.telling[name], groups), x, side * unit, side // 4 * unit, scale)
+
+    moments = by_tiles('moments', self.factor, 1 / self.factor)
+    return self._replace(moments=moments, decode=by_tiles('decode', 1, self.factor))
 
 
 def none(source) -> Latent:
@@ -95,13 +105,14 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     'config': stored.to_config(found.spec), 'sha256': tensors.digest(found.files), 'dtype': dtype}
   _same(source, path, identity)
 
-  def apply(groups, x, method):
+  def apply(method, groups, x):
     return model.apply({'params': groups['autoencoder']}, x, method=method)
 
-  def decode_told(groups, z, told):
+  def telling(method, groups, x, told):
     given = {'params': groups['autoencoder'], 'told': told.get('intermediates', {})}
-    z = z / model.scale + model.shift
-    return model.apply(given, z, method='decode', mutable='intermediates')
+    return model.apply(given, x, method=method, mutable='intermediates')
+
+  bare = lambda z: z / model.scale + model.shift
 
   def shape(of):
     if any(side and side % model.factor for side in of[:-1]):
@@ -115,10 +126,12 @@ def autoencoder(source, path: str, sample=True, dtype='float32') -> Latent:
     return jax.eval_shape(model.init, jax.random.key(0), x)['params']
 
   return Latent(
-    moments=lambda groups, x: apply(groups, x, 'encode'), draw=partial(_draw, model, sample),
-    mean=partial(_mean, model),
-    decode=lambda groups, z: apply(groups, z / model.scale + model.shift, 'decode'),
-    decode_told=decode_told, shape=shape,
+    moments=partial(apply, 'encode'), draw=partial(_draw, model, sample),
+    mean=partial(_mean, model), decode=lambda groups, z: apply('decode', groups, bare(z)),
+    telling=dict(
+      moments=partial(telling, 'encode'),
+      decode=lambda groups, z, told: telling('decode', groups, bare(z), told)),
+    shape=shape,
     frozen={'autoencoder': Frozen(
       like, lambda like: tensors.read(found, model, like))},
     factor=model.factor, channels=model.latent, identity=identity,

@@ -74,8 +74,6 @@ def drawer(run, settings, path, drawing=None):
         index = np.arange(i, i + size, dtype=np.int32)
         asks.append(drawing.ask(index))
         x = sharding.fetch(generate(params, state.frozen, index, asks[-1]))
-        if drawing.finish:
-          x = drawing.finish(params, state.frozen, x, asks[-1])
         parts.append(finish(x))
     join = lambda *xs: np.concatenate(xs)[:count]
     return join(*parts), jax.tree.map(join, *asks)

@@ -22,6 +22,8 @@ and leaves each tile to itself.
 import fractions
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -67,11 +69,47 @@ def shared(function, x, tile, overlap, scale=1):
   """
   x = np.asarray(x)
   _check(x, tile, overlap, fractions.Fraction(scale).limit_denominator(1024).denominator)
+  told = function(_thumbnail(x, tile), {})[1]
+  return apply(lambda cut: function(cut, told)[0], x, tile, overlap, scale)
+
+
+def traced(function, x, tile, overlap, scale=1):
+  """As `shared`, within a jitted function: tiles are a loop of its program, in whose memory the
+  picture lies as a whole, and of what the network makes of it no more than a tile's.
+  """
+  ratio = fractions.Fraction(scale).limit_denominator(1024)
+  _check(x, tile, overlap, ratio.denominator)
+  sides = x.shape[1:3]
+  told = function(_thumbnail(x, tile), {})[1]
+  x = _mirrored(x, tile)
+  starts = [places(side, tile, overlap, ratio.denominator) for side in x.shape[1:3]]
+  fades = [np.stack(blend(axis, tile, ratio)) for axis in starts]
+  cut = lambda row, column: function(
+    jax.lax.dynamic_slice(x, (0, row, column, 0), (len(x), tile, tile, x.shape[-1])), told)[0]
+  like = jax.eval_shape(cut, 0, 0)
+
+  def add(y, of):
+    (row, column), (top, left), (down, across) = of
+    weight = (down[:, None] * across[None])[None, ..., None]
+    place = (0, top, left, 0)
+    old = jax.lax.dynamic_slice(y, place, like.shape)
+    return jax.lax.dynamic_update_slice(y, old + weight * cut(row, column), place), None
+
+  corners = np.asarray(list(itertools.product(*starts)))
+  pairs = np.asarray(list(itertools.product(*map(range, map(len, starts)))))
+  of = corners, corners * ratio.numerator // ratio.denominator, tuple(
+    fade[i] for fade, i in zip(fades, pairs.T))
+  whole = (int(side * ratio) for side in x.shape[1:3])
+  y, _ = jax.lax.scan(add, jnp.zeros((len(x), *whole, like.shape[-1]), like.dtype), of)
+  return y[:, : int(sides[0] * ratio), : int(sides[1] * ratio)]
+
+
+def _thumbnail(x, tile):
+  """A tile of places of the whole picture, evenly."""
   rows, columns = (
     ((np.arange(min(tile, side)) + 0.5) * max(side / tile, 1)).astype(int) for side in x.shape[1:3]
   )
-  told = function(_cut(x[:, rows][:, :, columns], 0, 0, tile), {})[1]
-  return apply(lambda cut: function(cut, told)[0], x, tile, overlap, scale)
+  return _cut(x[:, rows][:, :, columns], 0, 0, tile)
 
 
 def places(side, tile, overlap, unit=1):
@@ -103,9 +141,13 @@ def blend(starts, tile, ratio=1):
 
 def _cut(x, row, column, tile):
   """The tile at a place, mirrored beyond the end of a picture that is smaller."""
-  cut = x[:, row : row + tile, column : column + tile]
-  missing = [(0, tile - side) for side in cut.shape[1:3]]
-  return np.pad(cut, [(0, 0), *missing, (0, 0)], 'symmetric') if np.any(missing) else cut
+  return _mirrored(x[:, row : row + tile, column : column + tile], tile)
+
+
+def _mirrored(x, least):
+  missing = [(0, max(least - side, 0)) for side in x.shape[1:3]]
+  pad = jnp.pad if isinstance(x, jax.Array) else np.pad
+  return pad(x, [(0, 0), *missing, (0, 0)], 'symmetric') if np.any(missing) else x
 
 
 def _check(x, tile, overlap, unit):

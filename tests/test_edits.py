@@ -11,6 +11,7 @@ from diffax import edits
 from diffax import givens
 from diffax import grids
 from diffax import guidance
+from diffax import noises
 from diffax import sample
 from diffax import samplers
 from diffax import schedules
@@ -257,6 +258,29 @@ def test_smaller():
   asked = {'image': jnp.asarray(means), 'noise': jnp.full(64, 0.25)}
   shown = givens.smaller(4, noise=0.5).show(asked, keys)['image']
   np.testing.assert_allclose(shown[..., 3], 0.25)
+
+
+def test_noised():
+  """The mean of squares as the table's step noises it, any step of them in training."""
+  betas = np.linspace(1e-2, 0.2, 50)
+  level = np.cumprod(1 - betas)  # the share of the picture's variance at each step
+  given = givens.noised(4, most=30, table='linear_table', beta_min=1e-2, beta_max=0.2, steps=50)
+  keys = samplers.sample_keys(0, jnp.arange(4000))
+  shown = given.train(jnp.full((4000, 8, 8, 1), 0.5), keys)
+  step, image = np.asarray(shown['noise_level']), np.asarray(shown['image'])
+  assert image.shape == (4000, 2, 2, 1) and set(step) == set(range(31))
+  for i in (0, 15, 30):
+    found = image[step == i]
+    assert abs(found.mean() - 0.5 * level[i] ** 0.5) < 5 * (1 - level[i]) ** 0.5 * found.size**-0.5
+    assert abs(found.var() / (1 - level[i]) - 1) < 5 * (2 / found.size) ** 0.5
+  small = jnp.asarray(RANDOM.uniform(-1, 1, (64, 2, 2, 3)), jnp.float32)
+  shown = given.show({'image': small, 'noise': jnp.full(64, 30.0)}, keys[:64])
+  assert (shown['noise_level'] == 30).all() and shown['noise_level'].dtype == jnp.int32
+  noise = noises.normal(keys[:64], (2, 2, 3))
+  want = level[30] ** 0.5 * small + (1 - level[30]) ** 0.5 * noise
+  np.testing.assert_allclose(shown['image'], want, atol=1e-5)
+  with pytest.raises(ValueError, match=r'most=50: say 2 and more, and \[0, 50\)'):
+    givens.noised(most=50, steps=50)
 
 
 def test_windows(x64):

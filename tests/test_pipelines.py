@@ -74,6 +74,8 @@ def write(path, kind, parts, scheduler, **index):
   """A folder of a pipeline of class `kind`, with drawn weights."""
   put(path / 'model_index.json', {'_class_name': kind} | {p: ['x', 'X'] for p in parts} | index)
   put(path / 'scheduler/scheduler_config.json', scheduler)
+  if 'Upscale' in kind:
+    put(path / 'low_res_scheduler/scheduler_config.json', golden.LOW)
   for component, config in parts.items():
     put(path / component / 'config.json', config)
     file = path / component / 'diffusion_pytorch_model.safetensors'
@@ -110,15 +112,18 @@ OURS = {  # what is said beside prompts and steps
   'inpaint': dict(
     guidance=7.5, negative=golden.NEGATIVE, edit=dict(name='inpaint', strength=1.0, paste=False)),
   'instruct': dict(guidance=7.5, edit=dict(name='instruct', image_guidance=1.5)),
+  'upscale': dict(
+    guidance=9.0, negative=golden.NEGATIVE, edit=dict(name='upscale', noise=20)),
   'xl': dict(guidance=5.0),
   'xl_negative': dict(guidance=5.0, negative=golden.NEGATIVE),
+  'refine': dict(guidance=5.0, edit=dict(name='image_to_image', strength=0.6)),
   'dit': dict(guidance=4.0, labels='207,3'),
 }  # fmt: skip
 
 
-def pictures(path):
+def pictures(path, of=golden.PICTURES):
   """Folders of the pictures and of their masks."""
-  for name, drawn in (('pictures', golden.PICTURES), ('masks', golden.MASKS)):
+  for name, drawn in (('pictures', of), ('masks', golden.MASKS)):
     (path / name).mkdir()
     for i, pixels in enumerate(drawn):
       Image.fromarray(pixels).save(path / name / f'{i}.png')
@@ -132,7 +137,7 @@ def config_of(path, name, batch_size=1):
   settings = dict(OURS[name])
   if 'edit' in settings:
     takes = ('image', 'mask') if settings['edit']['name'] == 'inpaint' else ('image',)
-    files = pictures(path)
+    files = pictures(path, golden.SMALL if name == 'upscale' else golden.PICTURES)
     settings['edit'] = settings['edit'] | {k: files[k] for k in takes}
   if name != 'dit':
     settings |= dict(prompts=tuple(golden.PROMPTS), size=(16, 24))
@@ -145,10 +150,11 @@ def config_of(path, name, batch_size=1):
 
 def recorded_noise(monkeypatch, name):
   """Ours is drawn of keys: of key 0 where sampling begins, of others an encoder's."""
-  drawn = {k: np.moveaxis(golden.noise(k, golden.sides(name)), 1, -1) for k in ('start', 'draw')}
+  roles = ('start', 'draw', 'shown')
+  drawn = {k: np.moveaxis(golden.noise(k, golden.sides(name)), 1, -1) for k in roles}
 
   def normal(keys, shape, dtype=jnp.float32):
-    role = 'draw' if keys[0] else 'start'
+    role = ('shown' if shape[-1] == 3 else 'draw') if keys[0] else 'start'
     assert drawn[role].shape == (len(keys), *shape)
     return jnp.asarray(drawn[role], dtype)
 
@@ -162,7 +168,7 @@ def drawing(monkeypatch, path, name):
   """(params, frozen) -> (latents [steps b h w c], pictures), by the path that users take; and both
   of the folder."""
   case, kept = golden.CASES[name], []
-  write(path / 'model', case['kind'], case['parts'], case['scheduler'])
+  write(path / 'model', case['kind'], case['parts'], case['scheduler'], **case['index'])
   config = config_of(path, name)
   run = train.setup(config, jax.devices()[:1])
   state = sample.released(run, path / 'model')
@@ -364,7 +370,7 @@ def test_other_schedulers(said, words, tmp_path):
 
 def folder_of(path, name):
   case = golden.CASES[name]
-  return write(path, case['kind'], case['parts'], case['scheduler'])
+  return write(path, case['kind'], case['parts'], case['scheduler'], **case['index'])
 
 
 @pytest.fixture

@@ -242,6 +242,14 @@ def test_latents(folder, tmp_path, capfd):
   assert tiled.shape == whole.shape == (2, 24, 16, 3)
   away = np.abs(tiled.astype(float) - whole).mean()
   assert 0 < away < 0.5 * whole.std()  # of drawn weights, by tiles of four latents
+  ramps = np.stack(np.broadcast_arrays(*np.ogrid[0:240:10, 0:240:15], 99), -1).astype(np.uint8)
+  Image.fromarray(ramps).save(tmp_path / 'ramps.png')
+  edit = dict(name='image_to_image', image=str(tmp_path / 'ramps.png'), strength=0.0)
+  large |= dict(size=(48, 32), edit=edit)
+  back = [sample.drawer(run, {**large, 'tile': tile}, 'sample')(state, 1)[0]
+          for tile in (24, 0)]  # to latents and back, by tiles and whole
+  away = np.abs(back[0].astype(float) - back[1]).mean()
+  assert 0 < away < 0.5 * back[1].std()
   with pytest.raises(ConfigError, match='tile=6'):
     sample.drawer(run, {**large, 'tile': 6}, 'sample')
 
@@ -288,8 +296,38 @@ def test_given(folder, tmp_path, given, words):
   assert np.abs(data[0] - data[1]).max() > 1e-4
   with pytest.raises(ConfigError, match='this network is told a picture'):  # and of another kind
     drawn(run, params, one, 'edit=image_to_image', f'edit.image={tmp_path / "a.png"}')
+  if given == 'smaller':
+    with pytest.raises(ConfigError, match='edit.noise=0.5: this network was trained to 0.3'):
+      drawn(run, params, one, *edit[:2], 'edit.noise=0.5')
   if given == 'masked':  # what is not to be painted is the picture's
     np.testing.assert_allclose(mine[0][~np.eye(8, dtype=bool)], 200 / 127.5 - 1, atol=1e-6)
+
+
+def test_noised_beside_latents(folder, tmp_path):
+  """The upscaler's small picture has a pixel for each latent, and a network of its levels."""
+  autoencoder(tmp_path / 'vae', 1)
+  words = (
+    'data=captioned', f'data.path={folder}', 'data.size=16', 'latent=autoencoder',
+    f'latent.path={tmp_path / "vae"}', 'given=noised', 'given.factor=2', 'model=latent_unet',
+    'model.width=8', 'model.multipliers=(1,)', 'model.attention=(0,)', 'model.middle=0',
+    'model.text=0', 'model.groups=4', 'model.noise_levels=1000', 'model.image=3', 'batch_size=8',
+    'evals={}')
+  config = lambda *more: run_diffax.setup(*words, *more)
+  run = config()
+  batches = train.batches(run, 0)
+  batch = next(batches)
+  batches.close()
+  frozen = sample.frozen(run)
+  x0, cond = run.task.clean({}, frozen, batch, train.example_keys(0, 0, 8))
+  assert x0.shape == (8, 8, 8, 2) and cond['image'].shape == (8, 8, 8, 3)
+  assert 0 <= cond['noise_level'].min() < cond['noise_level'].max() <= 350
+  for more, said in (
+    ('given.factor=4', 'one for 4 of the data.*has one for 2'),
+    ('model.noise_levels=0', "noise_levels=0 of latent_unet, but config.given='noised' tells"),
+    ('model.noise_levels=100', 'tells levels up to 350'),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      config(more)
 
 
 # --- captions -------------------------------------------------------------------------------------

@@ -157,7 +157,14 @@ def test_autoencoder_is_near_the_whole(method, x, tile, scale):
   f = program(method)
   want = np.asarray(f(x, {})[0])
   alone = apart(tiles.apply(lambda x: f(x, {})[0], x, tile, tile // 4, scale), want)
-  shared = apart(tiles.shared(f, x, tile, tile // 4, scale), want)
+  by_host = tiles.shared(f, x, tile, tile // 4, scale)
+  shared = apart(by_host, want)
+  traced = jax.jit(functools.partial(tiles.traced, f, tile=tile, overlap=tile // 4, scale=scale))
+  np.testing.assert_allclose(traced(x), by_host, rtol=0, atol=1e-5 * np.abs(want).max())
+  low = x[:, : tile // 2, : tile // 2 + 8]  # smaller than a tile, mirrored
+  np.testing.assert_allclose(
+    traced(low), tiles.shared(f, low, tile, tile // 4, scale), rtol=0,
+    atol=1e-5 * np.abs(want).max())
   assert 0.05 < alone < 1.0
   assert shared < 0.35 and shared < alone / 2
 
@@ -189,6 +196,20 @@ def test_one_program_for_all():
     memory[side] = used(shape)
   assert memory[512] == memory[2048]
   assert used((1, 128, 128, 3)) > 3 * memory[512]  # which the whole picture would need and more
+
+
+def test_memory_of_a_traced_loop():
+  """Beyond the picture and what becomes of it, that of a tile, however large the picture."""
+  f = program('encode')
+
+  def temporaries(side):
+    loop = jax.jit(functools.partial(tiles.traced, f, tile=64, overlap=16, scale=1 / 2))
+    shape = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    said = loop.lower(shape).compile().memory_analysis()
+    made = (side // 2) ** 2 * 8 * 4  # the loop's own copy of its result
+    return said.temp_size_in_bytes - made
+
+  assert temporaries(1024) < 1.1 * temporaries(256)
 
 
 @functools.lru_cache

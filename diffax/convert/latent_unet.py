@@ -80,7 +80,7 @@ def from_config(config: dict) -> dict:
 
   How many channels are shown behind the latent is told by in_channels - out_channels alone: 5 are a
   mask and an image, others an image. Of pooled text and sizes the sum alone is known: they are six
-  numbers, but five where the sum is the refiner's.
+  numbers, but five where the sum is the refiner's or has no room for six.
   Raises ValueError for what we do not have.
   """
   said = {k: v for k, v in config.items() if k[0] != '_'}
@@ -185,7 +185,7 @@ def _added(c):
       f"{width}; there is None, or 'text_time' with {latent_unet.SINUSOIDS}"
     )
   total = c['projection_class_embeddings_input_dim']
-  sizes = 5 if total == REFINER else 6
+  sizes = 5 if total == REFINER or total <= 6 * latent_unet.SINUSOIDS else 6
   return dict(pooled=total - sizes * latent_unet.SINUSOIDS, sizes=sizes)
 
 

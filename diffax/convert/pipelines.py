@@ -26,7 +26,8 @@ from diffax.convert import tensors
 PIPELINES = (
   'StableDiffusionPipeline', 'StableDiffusionImg2ImgPipeline', 'StableDiffusionInpaintPipeline',
   'StableDiffusionInstructPix2PixPipeline', 'StableDiffusionXLPipeline',
-  'StableDiffusionXLImg2ImgPipeline', 'StableDiffusionXLInpaintPipeline', 'DiTPipeline',
+  'StableDiffusionXLImg2ImgPipeline', 'StableDiffusionXLInpaintPipeline',
+  'StableDiffusionUpscalePipeline', 'DiTPipeline',
 )  # fmt: skip
 OWN = 'diffax'  # as a _class_name
 NAMED = ('task', 'schedule', 'prediction', 'given', 'latent', 'text', 'model', 'data')
@@ -38,7 +39,8 @@ FAMILIES = {  # of the network's _class_name: the module that knows its files
   'AutoencoderKL': autoencoder,
   'VQModel': autoencoder,
 }
-GIVENS = {'StableDiffusionInstructPix2PixPipeline': 'before'}
+UPSCALER = 'StableDiffusionUpscalePipeline'
+GIVENS = {'StableDiffusionInstructPix2PixPipeline': 'before', UPSCALER: 'noised'}
 OFFSET = PIPELINES[:3]  # whose code takes 1 for a steps_offset of old folders
 TABLES = {
   'scaled_linear': 'scaled_linear', 'linear': 'linear_table', 'squaredcos_cap_v2': 'squared_cosine',
@@ -91,11 +93,6 @@ def config(path, batch_size=1):
     return _own_config(path, index, batch_size)
   if kind not in PIPELINES:
     raise ConfigError(f'{path}/model_index.json: _class_name={kind!r}; {near(kind, PIPELINES)}')
-  if index.get('requires_aesthetics_score'):
-    raise ConfigError(
-      f'{path}/model_index.json: requires_aesthetics_score: a network that is told how good a '
-      'picture is, as the refiner, is not sampled from; take the base model'
-    )
   folder, said = _network(path)
   model = _spec(folder, said)
   try:
@@ -117,9 +114,10 @@ def config(path, batch_size=1):
     if kind not in GIVENS:
       raise ConfigError(f'{path}/model_index.json: {kind} is shown a picture; there is '
                         f'{", ".join(GIVENS)}')
-    made['given'] = dict(name=GIVENS[kind])
+    made['given'] = _noised(path, index, factor) if kind == UPSCALER else dict(name=GIVENS[kind])
   made |= _process(path, said)
-  guidance = 5.0 if 'text_encoder_2' in index else 7.5 if 'text' in made else 4.0
+  guidance = 9.0 if kind == UPSCALER else 5.0 if 'text_encoder_2' in index else \
+    7.5 if 'text' in made else 4.0
   made['sample'] = dict(
     count=1, batch_size=1, guidance=guidance, sampler=_sampler(path, kind))
   return made
@@ -191,9 +189,22 @@ def ours(said, where):
   return said
 
 
-def _scheduler(path):
+def _noised(path, index, factor):
+  """The given of an upscaler, whose pictures are noised by a table of their own."""
+  said, most = _scheduler(path, 'low_res_scheduler'), index.get('max_noise_level', 350)
+  if said['beta_schedule'] == 'squaredcos_cap_v2' or said.get('rescale_betas_zero_snr'):
+    raise ConfigError(
+      f'{path}/low_res_scheduler/scheduler_config.json: beta_schedule={said["beta_schedule"]!r}, '
+      'or a table rescaled; there is scaled_linear, linear'
+    )
+  return dict(
+    name='noised', factor=factor, most=most, table=TABLES[said['beta_schedule']],
+    steps=said['num_train_timesteps'], beta_min=said['beta_start'], beta_max=said['beta_end'])
+
+
+def _scheduler(path, folder='scheduler'):
   """What the scheduler's file says, its class's betas and spacing among it. Raises ConfigError."""
-  file = os.path.join(path, 'scheduler', 'scheduler_config.json')
+  file = os.path.join(path, folder, 'scheduler_config.json')
   said = tensors.json_object(file)
   kind = said.get('_class_name')
   if kind not in SAMPLERS:

@@ -26,16 +26,13 @@ class Drawing(NamedTuple):
   ask: int [b], numbers of samples -> {name: numpy [b ...]}, what is asked of each; `label` among it
   where there are classes. draw: (params, frozen, keys [b], asked) -> images float32 [b h w c] in
   [-1, 1], or of the data's own range where it is floats; pure. said: int [b] -> [prompt, ...], []
-  where there are none. decoded: whether they are images although the data is latents. finish:
-  (params, frozen, what draw returned as numpy, asked) -> images, on the host, where that is not all
-  of the work.
+  where there are none. decoded: whether they are images although the data is latents.
   """
 
   ask: Callable[..., Any]
   draw: Callable[..., Any]
   said: Callable[..., Any] = lambda index: []
   decoded: bool = False
-  finish: Callable[..., Any] | None = None
 
 
 class Phase(NamedTuple):

@@ -26,7 +26,6 @@ from diffax import noises
 from diffax import predictions
 from diffax import samplers
 from diffax import schedules
-from diffax import tiles
 from diffax import times
 from diffax.build import build, ConfigError
 from diffax.config import SAMPLING
@@ -190,13 +189,19 @@ def _told(config, source, model, space):
     raise ConfigError(
       f'config.given={config["given"]["name"]!r} is made of pictures, and this data is of latents'
     )
+  pixels = given.scale if given.apart else 1  # of the data, for one of what is shown
+  if given.show and not given.latent and space.latent.factor != pixels:
+    raise ConfigError(
+      f'config.given={config["given"]["name"]!r} is shown in pixels, beside what has one for '
+      f'{pixels} of the data: config.latent={config["latent"]["name"]!r} has one for '
+      f'{space.latent.factor}'
+    )
   conditions.check(config, model, text, given, space.shape if given.latent else space.pixels)
   names = conditions.taken(model)
   captions = getattr(source, 'captions', None)
-  latent = space.latent
-  mean = lambda groups, x: latent.mean(latent.moments(groups, x))
-  return conditions.Conditions(
-    classes, text, captions, given, space.encode, mean, latent.factor, names, space.pixels)
+  return _in_space(conditions.Conditions(
+    classes, text, captions, given, None, None, space.latent.factor, names, space.pixels,
+    conditions.option(model, 'sizes') or 6), space.latent)
 
 
 def _network(config, source, outputs, shows_before):
@@ -350,7 +355,8 @@ def _sampling(network, denoiser, first, learned, remembers):
     prompts, others = edit.prompts(tuple(settings['prompts']))
     ask = conditions.asking(network.told, settings, path, prompts, others)
     pixels, shape = _sizes(network, edit, settings, path)
-    tile, decoder = _tile(network.space.latent, settings, path)
+    latent = _latent(network.space.latent, settings, path)
+    told = _in_space(network.told, latent)
     small = (*(side // network.told.given.scale for side in pixels[:-1]), pixels[-1])
 
     def draw(params, frozen, keys, asked):
@@ -358,21 +364,15 @@ def _sampling(network, denoiser, first, learned, remembers):
       denoise = guidance.windows(denoise, *settings['window']) if settings['window'] else denoise
       groups, times = {**frozen, **params}, grid(schedule) if learned else ts
       of_edit = noises.fold(keys, EDIT)
-      conds = conditions.sampling(network.told, groups, asked, of_edit, pixels[:-1])
-      encode = lambda x: network.space.latent.encode(groups, x, of_edit)
+      conds = conditions.sampling(
+        told, groups, asked, of_edit, pixels[:-1], settings['aesthetic'])
+      encode = lambda x: latent.encode(groups, x, of_edit)
       place = edits.Place(schedule, times, keys, asked, shape, encode, conds, denoise)
       guided = edit.wrap(place, _guided(place, edit, guide, settings, remembers and path))
       times, x = edit.begin(place)
       rows = sampler.plan(schedule, times)
       z = samplers.sample(sampler, guided, rows, x, keys, noise=NOISES[settings['noise']])
-      return z if tile else edit.finish(asked, network.space.latent.decode(groups, z))
-
-    def by_tiles(params, frozen, z, asked):
-      decode = partial(decoder, {**frozen, **params})
-      pictures = tiles.shared(decode, z, tile, tile // 4, network.space.latent.factor)
-      return np.asarray(edit.finish(asked, pictures))
-
-    said = partial(conditions.said, network.told, prompts)
+      return edit.finish(asked, latent.decode(groups, z))
 
     def asks(index):
       asked = ask(index) | edit.ask(index, small)
@@ -381,7 +381,8 @@ def _sampling(network, denoiser, first, learned, remembers):
         asked['record'] = network.space.records(index)
       return asked
 
-    return Drawing(asks, draw, said, network.space.decoded, by_tiles if tile else None)
+    said = partial(conditions.said, network.told, prompts)
+    return Drawing(asks, draw, said, network.space.decoded)
 
   return sample
 
@@ -397,6 +398,10 @@ def _sizes(network, edit, settings, path):
       f'config.{path}.edit={settings["edit"]["name"]!r}: this network is told a picture; name an '
       'edit that has one, as inpaint, instruct or upscale'
     )
+  wanted = settings['edit'].get('noise', 0)
+  if wanted > given.noise:
+    raise ConfigError(
+      f'config.{path}.edit.noise={wanted}: this network was trained to {given.noise} at the most')
   if edit.trained and not given.show:
     raise ConfigError(
       f'config.{path}.edit={settings["edit"]["name"]!r} is for a network that was trained to it '
@@ -409,18 +414,23 @@ def _sizes(network, edit, settings, path):
     raise ConfigError(f'config.{path}.size={size}: {error}') from error
 
 
-def _tile(latent, settings, path):
-  """(side of a tile of z, 0 for none, and what decodes it, see `tiles.shared`). Raises ConfigError.
-  """
+def _latent(latent, settings, path):
+  """It, by tiles where the settings say so. Raises ConfigError."""
   tile, factor = settings['tile'], latent.factor
   if not tile:
-    return 0, None
-  if not latent.decode_told or tile < 4 * factor or tile % factor:
+    return latent
+  if not latent.telling or tile < 4 * factor or tile % factor:
     raise ConfigError(
-      f'config.{path}.tile={tile}: pixels that an autoencoder decodes at a time, a multiple of its '
-      f'factor {factor}, four at the least; 0 for all at once'
+      f'config.{path}.tile={tile}: pixels a side that an autoencoder sees at a time, a multiple of '
+      f'its factor {factor}, four at the least; 0 for all at once'
     )
-  return tile // factor, jax.jit(latent.decode_told)
+  return latent.tiled(tile // factor)
+
+
+def _in_space(told, latent):
+  """What is told, with pictures of `latent`."""
+  mean = lambda groups, x: latent.mean(latent.moments(groups, x))
+  return told._replace(encode=latent.encode, mean=mean)
 
 
 def _guided(place, edit, guide, settings, remembers):

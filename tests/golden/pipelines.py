@@ -6,7 +6,7 @@
 Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`),
 text encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the
 name of each component and tensor; noise from its role: `start`, where sampling begins, and `draw`,
-of the autoencoder's posterior. The references run in float64; where diffusers says float32 (its
+of the autoencoder's posterior, `shown`, of the upscaler's small picture. The references run in float64; where diffusers says float32 (its
 tables, some of its steps, its pictures), the name is bound to float64. The sinusoids of DiT's times
 are those it was trained with, as in `golden/dit.py`.
 
@@ -67,6 +67,13 @@ XL = dict(
     architectures=['CLIPTextModelWithProjection'], hidden_size=16, intermediate_size=32,
     projection_dim=20, hidden_act='gelu'),
 )
+REFINER = dict(
+  unet=XL['unet'] | dict(
+    cross_attention_dim=16, projection_class_embeddings_input_dim=20 + 5 * 256),
+  vae=XL['vae'] | dict(force_upcast=False), text_encoder_2=XL['text_encoder_2'],
+)
+UPSCALER = SD | dict(
+  unet=unet(in_channels=7, num_class_embeds=1000), vae=VAE | dict(scaling_factor=0.08333))
 DIT = dict(
   transformer=dict(
     _class_name='DiTTransformer2DModel', num_attention_heads=2, attention_head_dim=12,
@@ -88,6 +95,7 @@ def scheduler(name, **options):
 
 
 DDIM, PNDM = scheduler('DDIM'), scheduler('PNDM')
+LOW = scheduler('DDPM', beta_start=0.0001, beta_end=0.02)  # of the upscaler's small pictures
 EULER = scheduler('EulerDiscrete', timestep_spacing='leading', use_karras_sigmas=False)
 
 
@@ -96,13 +104,16 @@ EULER = scheduler('EulerDiscrete', timestep_spacing='leading', use_karras_sigmas
 PROMPTS = ['a photograph of an astronaut riding a horse', 'a cat, digital painting']
 NEGATIVE = 'concept art'
 PICTURES = np.random.default_rng(1).integers(0, 256, (2, 16, 24, 3), np.uint8)
+SMALL = PICTURES[:, ::FACTOR, ::FACTOR]
 MASKS = np.zeros((2, 16, 24), np.uint8)
 MASKS[0, 3:13, 5:18], MASKS[1, 0:9, 8:] = 255, 255
 MASKS[0, 7, 9] = 0
 
 
-def case(kind, parts, scheduler, **call):
-  return dict(kind=f'{kind}Pipeline', parts=parts, scheduler=scheduler, call=call)
+def case(kind, parts, scheduler, index=(), **call):
+  """index: what model_index.json says beside the parts."""
+  return dict(
+    kind=f'{kind}Pipeline', parts=parts, scheduler=scheduler, call=call, index=dict(index))
 
 
 CASES = dict(
@@ -129,8 +140,15 @@ CASES = dict(
   instruct=case(
     'StableDiffusionInstructPix2Pix', SD | dict(unet=unet(in_channels=8)),
     scheduler('EulerDiscrete'), guidance_scale=7.5, image_guidance_scale=1.5),
+  upscale=case(
+    'StableDiffusionUpscale', UPSCALER, DDIM | dict(prediction_type='v_prediction'),
+    guidance_scale=9.0, negative_prompt=NEGATIVE, noise_level=20),
   xl=case('StableDiffusionXL', XL, EULER, guidance_scale=5.0),
   xl_negative=case('StableDiffusionXL', XL, EULER, guidance_scale=5.0, negative_prompt=NEGATIVE),
+  refine=case(
+    'StableDiffusionXLImg2Img', REFINER, EULER,
+    dict(requires_aesthetics_score=True, force_zeros_for_empty_prompt=False), guidance_scale=5.0,
+    strength=0.6),
   dit=case(
     'DiT', DIT, scheduler(
       'DDIM', beta_schedule='linear', beta_start=1e-4, beta_end=0.02, steps_offset=0,
@@ -158,7 +176,7 @@ def draw(component, name, shape):
 def noise(role, sides=SIDES):
   """[b c h w]."""
   rng = np.random.default_rng(zlib.crc32(role.encode()))
-  return rng.standard_normal((2, 4, *sides))
+  return rng.standard_normal((2, 3 if role == 'shown' else 4, *sides))
 
 
 def sides(name):
@@ -208,13 +226,14 @@ def main():
       tensor.data = torch.from_numpy(draw(component, name, tuple(tensor.shape)))
     return made
 
-  def run(name, kind, parts, scheduler, call):
+  def run(name, kind, parts, scheduler, call, index):
     module = importlib.import_module(getattr(diffusers, kind).__module__)
     steps = getattr(diffusers, scheduler['_class_name'])
     wide = [
       importlib.import_module(m) for m in (
         steps.__module__, 'diffusers.models.embeddings', 'diffusers.image_processor')]
-    given = lambda role: lambda *args, **options: torch.from_numpy(noise(role, sides(name)))
+    given = lambda role: lambda shape, **options: torch.from_numpy(
+      noise('shown' if shape[1] == 3 else role, sides(name)))
     latents = []
 
     def kept(x):
@@ -222,9 +241,10 @@ def main():
       sigma = float(made.scheduler.sigmas[made.scheduler.step_index]) if scaled else 0.0
       latents.append(x.numpy() / (1 + sigma**2) ** 0.5)
 
-    def after(pipeline, i, t, tensors):
-      kept(tensors['latents'])
-      return tensors
+    def after(*args):
+      """Of (pipeline, i, t, {'latents': x}), in older pipelines (i, t, x)."""
+      kept(args[-1] if len(args) == 3 else args[-1]['latents'])
+      return args[-1]
 
     with contextlib.ExitStack() as stack:
       stack.enter_context(precision(torch.float64, module, *wide))
@@ -239,8 +259,13 @@ def main():
       if kind.startswith('StableDiffusion') and 'XL' not in kind:
         components |= dict(
           safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+      if 'Upscale' in kind:
+        components['low_res_scheduler'] = diffusers.DDPMScheduler.from_config(LOW)
+        del components['requires_safety_checker']
+      if 'XL' in kind and 'text_encoder' not in parts:
+        components |= dict(text_encoder=None, tokenizer=None)
       made = getattr(diffusers, kind)(
-        scheduler=steps.from_config(scheduler), **components)
+        scheduler=steps.from_config(scheduler), **components, **index)
       made.set_progress_bar_config(disable=True)
       for block in made.transformer.transformer_blocks if name == 'dit' else ():
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -262,13 +287,16 @@ def main():
 
         made.scheduler.step = steps_once
       else:
-        call = dict(prompt=PROMPTS, callback_on_step_end=after, **call)
+        told = 'callback' if 'Upscale' in kind else 'callback_on_step_end'
+        call = {'prompt': PROMPTS, told: after, **call}
         call |= {'negative_prompt': [NEGATIVE] * 2} if 'negative_prompt' in call else {}
         if 'Img2Img' in kind or 'Pix2Pix' in kind or 'Inpaint' in kind:
           call['image'] = [Image.fromarray(x) for x in PICTURES]
         if 'Inpaint' in kind:
           call['mask_image'] = [Image.fromarray(x) for x in MASKS]
-        if 'Img2Img' not in kind and 'Pix2Pix' not in kind:
+        if 'Upscale' in kind:
+          call['image'] = [Image.fromarray(x) for x in SMALL]
+        if not any(said in kind for said in ('Img2Img', 'Pix2Pix', 'Upscale')):
           call |= dict(zip(('height', 'width'), [side * FACTOR for side in SIDES]))
       made(num_inference_steps=STEPS, output_type='pt', **call)
     picture = decoded[-1][0] if isinstance(decoded[-1], tuple) else decoded[-1].sample
