@@ -361,6 +361,9 @@ def test_packed_captions(tmp_path):
   assert source.captions == ('2', '0') and len(source) == 2 and source.shape == (2, 2, 3)
   np.testing.assert_array_equal(source[0]['image'], images[2])
   assert len(sources.captioned(tmp_path, 'all')) == 4
+  assert sources.captioned(tmp_path, 'all', without=('2',)).captions == ('3', '1', '0')
+  with pytest.raises(ValueError, match="without='4': no caption"):
+    sources.captioned(tmp_path, without=('4',))
   with pytest.raises(ValueError, match="'trian'.*train"):
     sources.captioned(tmp_path, 'trian')
   lines[0]['index'] = 9

@@ -436,7 +436,7 @@ def _read_latents(path, plan, dtype, indices):
 # captioned: pictures with a line of text each
 
 
-def captioned(path, split='train', channels=3) -> Source:
+def captioned(path, split='train', channels=3, without=()) -> Source:
   """Pictures with captions: a folder with captions.jsonl, one JSON object a line and a picture.
 
   Each says `caption`, and where its picture is: `file`, a path within the folder, or `index`, a row
@@ -447,10 +447,12 @@ def captioned(path, split='train', channels=3) -> Source:
     path: a folder, gs:// too.
     split: 'train', 'test' or what the lines say; 'all'.
     channels: of picture files, 3 for RGB, 1 for grey.
+    without: captions to leave out, with all that go on behind a colon ('woman mage' and 'woman
+      mage: dark skin tone'), as prompts that training is not to see.
 
   Raises:
-    ValueError: there is no such folder, line or split, a line is broken, or a file is not within
-      the folder.
+    ValueError: there is no such folder, line, split or caption, a line is broken, or a file is not
+      within the folder.
   """
   root = epath.Path(path)
   if not (root / CAPTIONS).exists():
@@ -460,6 +462,7 @@ def captioned(path, split='train', channels=3) -> Source:
   splits = {line['split'] for line in lines if 'split' in line}
   if splits and all('split' in line for line in lines):
     _known(f'split in {path}', split, splits | {'all'})
+  lines = _left(lines, without, root)
   lines = [line for line in lines if split == 'all' or line.get('split', split) == split]
   if not lines:
     raise ValueError(f'{root / CAPTIONS} has no line: write one for each picture')
@@ -483,7 +486,16 @@ def captioned(path, split='train', channels=3) -> Source:
     shape=held.shape[1:], classes=0, captions=captions)
 
 
-def emoji(split='train', path='') -> Source:
+def _left(lines, without, root):
+  """The lines whose captions are none of those. Raises ValueError for one that none is."""
+  is_of = lambda caption, out: caption == out or caption.startswith(f'{out}:')
+  for out in without:
+    if not any(is_of(line['caption'], out) for line in lines):
+      raise ValueError(f'without={out!r}: no caption in {root / CAPTIONS} is this or goes on from it')
+  return [line for line in lines if not any(is_of(line['caption'], out) for out in without)]
+
+
+def emoji(split='train', path='', without=()) -> Source:
   """Emoji of 64 pixels with English captions, [64 64 3]; see `captioned` for the arguments.
 
   path: '' is $DIFFAX_DATA/emoji, ../shared/data/emoji where DIFFAX_DATA is not set.
@@ -491,7 +503,7 @@ def emoji(split='train', path='') -> Source:
   path = path or os.path.join(os.environ.get('DIFFAX_DATA') or '../shared/data', 'emoji')
   if not epath.Path(path).exists():
     raise ValueError(f'there is no folder {path}: set DIFFAX_DATA to the one that holds emoji/')
-  return captioned(path, split)
+  return captioned(path, split, without=without)
 
 
 def _lines(root):

@@ -6,9 +6,9 @@
 Each case is a whole pipeline, as small as its networks can be: tokenizers (`golden/tokenizer`),
 text encoders, U-Net or transformer, autoencoder, scheduler. Weights are drawn by numpy from the
 name of each component and tensor; noise from its role: `start`, where sampling begins, and `draw`,
-of the autoencoder's posterior, `shown`, of the upscaler's small picture. The references run in float64; where diffusers says float32 (its
-tables, some of its steps, its pictures), the name is bound to float64. The sinusoids of DiT's times
-are those it was trained with, as in `golden/dit.py`.
+of the autoencoder's posterior, `shown`, of the upscaler's small picture. The references run in
+float64; where diffusers says float32 (its tables, some of its steps, its pictures), the name is
+bound to float64. The sinusoids of DiT's times are those it was trained with, as in `golden/dit.py`.
 
 NAME_latents [steps b c h w] are those after each step, of a variance-preserving level: of Euler's
 method, whose x is x0 + sigma eps, divided by sqrt(1 + sigma^2). NAME_picture [b c h w] is what is
