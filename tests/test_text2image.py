@@ -236,20 +236,14 @@ def test_latents(folder, tmp_path, capfd):
   pictures, _ = sample.drawer(run, run.config['sample'], 'sample')(state, 2)
   assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == np.uint8
 
-  large = run_diffax.config(*words, 'sample.size=(24, 16)', 'sample.tile=8')['sample']
-  tiled, _ = sample.drawer(run, large, 'sample')(state, 2)
-  whole, _ = sample.drawer(run, {**large, 'tile': 0}, 'sample')(state, 2)
-  assert tiled.shape == whole.shape == (2, 24, 16, 3)
-  away = np.abs(tiled.astype(float) - whole).mean()
-  assert 0 < away < 0.5 * whole.std()  # of drawn weights, by tiles of four latents
   ramps = np.stack(np.broadcast_arrays(*np.ogrid[0:240:10, 0:240:15], 99), -1).astype(np.uint8)
   Image.fromarray(ramps).save(tmp_path / 'ramps.png')
   edit = dict(name='image_to_image', image=str(tmp_path / 'ramps.png'), strength=0.0)
-  large |= dict(size=(48, 32), edit=edit)
-  back = [sample.drawer(run, {**large, 'tile': tile}, 'sample')(state, 1)[0]
-          for tile in (24, 0)]  # to latents and back, by tiles and whole
-  away = np.abs(back[0].astype(float) - back[1]).mean()
-  assert 0 < away < 0.5 * back[1].std()
+  large = {**run.config['sample'], 'size': (48, 32), 'edit': edit}
+  tiled, whole = (sample.drawer(run, {**large, 'tile': tile}, 'sample')(state, 1)[0].astype(float)
+                  for tile in (24, 0))  # to latents and back, by tiles and whole
+  assert tiled.shape == whole.shape == (1, 48, 32, 3)
+  assert 0 < np.abs(tiled - whole).mean() < 0.5 * whole.std()  # of drawn weights, by small tiles
   with pytest.raises(ConfigError, match='tile=6'):
     sample.drawer(run, {**large, 'tile': 6}, 'sample')
 
@@ -362,7 +356,7 @@ def test_packed_captions(tmp_path):
   np.testing.assert_array_equal(source[0]['image'], images[2])
   assert len(sources.captioned(tmp_path, 'all')) == 4
   assert sources.captioned(tmp_path, 'all', without=('2',)).captions == ('3', '1', '0')
-  with pytest.raises(ValueError, match="without='4': no caption"):
+  with pytest.raises(ValueError, match="without='4': no caption in .* is this"):
     sources.captioned(tmp_path, without=('4',))
   with pytest.raises(ValueError, match="'trian'.*train"):
     sources.captioned(tmp_path, 'trian')

@@ -491,7 +491,7 @@ def _left(lines, without, root):
   is_of = lambda caption, out: caption == out or caption.startswith(f'{out}:')
   for out in without:
     if not any(is_of(line['caption'], out) for line in lines):
-      raise ValueError(f'without={out!r}: no caption in {root / CAPTIONS} is this or goes on from it')
+      raise ValueError(f'without={out!r}: no caption in {root / CAPTIONS} is this, or this and ":"')
   return [line for line in lines if not any(is_of(line['caption'], out) for out in without)]
 
 
