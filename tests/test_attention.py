@@ -120,6 +120,29 @@ def test_cudnn_is_given_even_numbers_of_tokens(causal):
 
 
 @pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('tokens', [24, 17])
+def test_chunked(tokens, masked):
+  """Values and gradients of a few queries at a time, also where they are no whole chunks."""
+  q, k, v = inputs(3, tokens, 24)
+  mask = masks(3, 24) if masked else None
+  with mock.patch.object(attentions, 'CHUNK', 8):
+    found = both(q, k, v, mask, 'chunked')
+  close(found, both(q, k, v, mask, 'xla'), 2e-5)
+
+
+def test_chunks_hold_but_their_own_scores():
+  """What training needs of memory grows with the tokens, not with their square."""
+  def temporaries(n, impl):
+    x = jax.ShapeDtypeStruct((1, n, 1, 16), 'float32')
+    loss = lambda q, k, v: attentions.attention(q, k, v, impl=impl).sum()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(8192, 'chunked') < 2.5 * temporaries(4096, 'chunked')
+  assert temporaries(8192, 'chunked') < temporaries(8192, 'xla') / 3
+
+
+@pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('mesh', MESHES)
 def test_ring(mesh, masked):
   """Values and gradients of keys that travel are those of keys that stay."""
@@ -189,6 +212,8 @@ def test_half_precision():
 
 @pytest.mark.parametrize('platform, dtype, keys, d, wanted', [
   ('cpu', 'float32', 4096, 64, 'xla'), ('cpu', 'bfloat16', 4096, 64, 'xla'),
+  ('cpu', 'float32', 2**14, 64, 'chunked'), ('gpu', 'bfloat16', 2**14, 512, 'chunked'),
+  ('gpu', 'bfloat16', 2**14, 64, 'cudnn'), ('tpu', 'bfloat16', 2**14, 64, 'splash'),
   ('gpu', 'bfloat16', 256, 64, 'cudnn'), ('gpu', 'float16', 256, 72, 'cudnn'),
   ('gpu', 'float32', 256, 64, 'xla'), ('gpu', 'bfloat16', 256, 30, 'xla'),
   ('gpu', 'bfloat16', 256, 256, 'xla'),
@@ -239,7 +264,7 @@ def test_forced_by_the_config_or_by_name():
 
 def test_errors_name_the_value_and_the_remedy():
   q, k, v = inputs()
-  with pytest.raises(ValueError, match="'flash' is none of auto, xla, cudnn, splash, ring"):
+  with pytest.raises(ValueError, match="'flash' is none of auto, xla, chunked, cudnn, splash"):
     attentions.attention(q, k, v, impl='flash')
   with pytest.raises(ValueError, match='sequence > 1'):
     attentions.attention(q, k, v, impl='ring')

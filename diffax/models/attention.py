@@ -3,6 +3,8 @@
   y = softmax(q k^T / sqrt(d)) v       q [b n k d], k and v [b m k d], softmax in float32
 
   xla      any device and dtype; the scores [b k n m] are laid out whole
+  chunked  the like, where they would not fit: those of some queries at a time, and again in the
+           backward pass; Rabe & Staats 2021, "Self-attention Does Not Need O(n^2) Memory"
   cudnn    NVIDIA, float16 and bfloat16: blocks of the scores alone; Dao et al. 2022,
            "FlashAttention"
   splash   TPU, the like, of jax's own Pallas operations
@@ -27,6 +29,8 @@ from diffax.models import layers
 FORCED = contextvars.ContextVar('attention', default='auto')
 LANES = 128  # tokens a block of a TPU
 SPLASH_FROM = 1024  # keys from which on blocks of the scores beat the whole on a TPU
+LARGEST = 2**30  # bytes of an example's scores that are laid out whole
+CHUNK = 1024  # queries at a time where they are not
 LOWEST = -1e30  # in place of -inf, whose differences are not numbers
 
 
@@ -81,7 +85,8 @@ def choose(q, k, causal=False):
     return 'cudnn'
   if platform == 'tpu' and k.shape[1] >= SPLASH_FROM:
     return 'splash'
-  return 'xla'
+  (_, n, heads, _), m = q.shape, k.shape[1]
+  return 'chunked' if 4 * heads * n * m > LARGEST else 'xla'
 
 
 # --- one device at a time -------------------------------------------------------------------------
@@ -92,6 +97,14 @@ def _xla(q, k, v, mask, causal=False):
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask, is_causal=causal, implementation='xla'
   )
+
+
+def _chunked(q, k, v, mask):
+  n, (b, _, *heads) = q.shape[1], q.shape
+  q = jnp.pad(q, ((0, 0), (0, -n % CHUNK), (0, 0), (0, 0)))
+  q = jnp.moveaxis(q.reshape(b, -1, CHUNK, *heads), 1, 0)
+  y = jax.lax.map(jax.checkpoint(lambda q: _xla(q, k, v, mask)), q)
+  return jnp.moveaxis(y, 0, 1).reshape(b, -1, *y.shape[-2:])[:, :n]
 
 
 def _cudnn_takes(q, k):
@@ -276,5 +289,8 @@ def _ring_backward(axis, size, kept, dy):
 
 _ring_shard.defvjp(_ring_forward, _ring_backward)
 
-IMPLS = {'xla': _xla, 'cudnn': _cudnn, 'splash': _splash, 'ring': _ring, 'tokamax': _tokamax}
+IMPLS = {
+  'xla': _xla, 'chunked': _chunked, 'cudnn': _cudnn, 'splash': _splash, 'ring': _ring,
+  'tokamax': _tokamax,
+}
 CAUSAL = ('xla', 'cudnn')  # that have an order of tokens

@@ -31,7 +31,7 @@ MODEL = autoencoder.autoencoder_kl(8, (1, 2, 4, 4), 1, groups=4, remat='none')
 TILE, OVERLAP = 512, 128
 CASES = [  # how, side of the picture
   ('start', 1024), ('whole', 512), ('whole', 1024), ('tiles', 1024), ('shared', 1024),
-  ('tiles', 2048),
+  ('whole', 2048), ('tiles', 2048), ('shared', 2048),
 ]  # fmt: skip
 
 
