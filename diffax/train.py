@@ -30,6 +30,7 @@ from diffax.build import build, ConfigError
 from diffax.convert import pipelines
 from diffax.data import pipeline
 from diffax.models import layers
+from diffax.tasks import Phase
 
 IN_FLIGHT = 4  # steps the host may run ahead of the devices
 
@@ -155,7 +156,7 @@ def _init(config, task, tx):
     params=params,
     ema=ema.init(params, config['ema']),
     opt=updates.init(task.phases, tx, params),
-    sums=updates.sums(updates.of(task.loss, task.phases)),
+    sums=updates.sums(updates.of(task)),
     bad=jnp.zeros((), bool),
     extra=task.extra(),
   )
@@ -178,11 +179,12 @@ def example_keys(seed, step, count):
 def make_step(loss, tx, rate, config, prepare=None, carry=None, phases=()):
   """The update `(state, batch) -> (state, metrics)`, a pure function to be jitted.
 
-  loss, prepare, carry, phases: a task's `loss`, `prepare`, `update` and `phases`; with phases tx
-  and rate are {phase: ...}. metrics: means since the last logged step, the learning rate, and
-  `bad`. Where a loss or gradient is not finite, the state stays as it was but for the flag `bad`.
+  loss, prepare, carry: a task's `loss`, `prepare` and `update`; phases: its phases (`updates.of`),
+  of which those with a name have tx and rate in {phase: ...}. metrics: means since the last logged
+  step, the learning rate, and `bad`. Where a loss or gradient is not finite, the state stays as it
+  was but for the flag `bad`.
   """
-  count, parts = config['batch_size'], tuple(enumerate(updates.of(loss, phases)))
+  count, parts = config['batch_size'], tuple(enumerate(phases or (Phase('', (), loss),)))
   pick = updates.of_name
   advance = [updates.advance(i, phase, pick(tx, phase), config, bool(carry)) for i, phase in parts]
 
@@ -245,7 +247,7 @@ def compile_step(run):
   place = jax.tree.map(lambda x: x.sharding, run.like)
   task = run.task
   step = make_step(
-    task.loss, run.tx, run.rate, run.config, task.prepare, task.update, task.phases)
+    task.loss, run.tx, run.rate, run.config, task.prepare, task.update, updates.of(task))
   with run.layout():
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
     programs = {}
@@ -328,7 +330,7 @@ def each_loss(run, state, number=0):
   step, task, config = int(state.step), run.task, run.config
   own, place = _placed(run)
   batch = place(pipeline.batch_at(run.source, step, **_data_options(config, task), **own))
-  parts = updates.of(task.loss, task.phases)
+  parts = updates.of(task)
 
   def losses(state, batch):
     keys = example_keys(config['seed'], state.step, config['batch_size'])
@@ -344,7 +346,7 @@ def each_loss(run, state, number=0):
 def _explain(run, state, workdir):
   """What to tell of a bad step. The state has stood still since, so it can be done again here."""
   step, finite = int(state.step) + 1, lambda loss: abs(loss) < float('inf')
-  for i, phase in enumerate(updates.of(run.task.loss, run.task.phases)):
+  for i, phase in enumerate(updates.of(run.task)):
     batch, losses, info = each_loss(run, state, i)
     bad = [i for i in range(len(losses)) if not finite(losses[i])]
     of = f' of phase {phase.name}' if phase.name else ''
@@ -472,7 +474,7 @@ def model_flops(run):
 def _flops(run, shape):
   batch = _batch_like(run, shape)
   keys = jax.eval_shape(lambda: example_keys(0, 0, run.config['batch_size']))
-  parts = enumerate(updates.of(run.task.loss, run.task.phases))
+  parts = enumerate(updates.of(run.task))
   return sum(updates.flops_of(i, phase, run.like, batch, keys) for i, phase in parts)
 
 

@@ -30,9 +30,9 @@ class Found(NamedTuple):
   due: Any
 
 
-def of(loss, phases):
+def of(task):
   """A task's phases, or the one of a task without."""
-  return phases or (Phase('', (), loss),)
+  return task.phases or (Phase('', (), task.loss, terms=task.terms),)
 
 
 def of_name(tree, phase):
@@ -84,13 +84,18 @@ def _whole(phase, params, own):
 
 def sums(phases):
   """The first sums of what is logged."""
-  keys = ('loss', 'grad_norm', 'steps')
-  return {name(k, i, phase): jnp.zeros(()) for i, phase in enumerate(phases) for k in keys}
+  return {name(k, i, phase): jnp.zeros(()) for i, phase in enumerate(phases)
+          for k in (*_logged(phase), 'steps')}
+
+
+def _logged(phase):
+  return ('loss', 'grad_norm', *phase.terms)
 
 
 def summed(number, phase, found):
   """What a phase found, as it is summed."""
   values = {'loss': found.loss, 'grad_norm': found.norm, 'steps': found.due}
+  values |= {term: found.info[term].mean() for term in phase.terms}
   return {name(key, number, phase): value for key, value in values.items()}
 
 
@@ -101,7 +106,7 @@ def metrics(phases, sums):
     return sums[name(key, i, phase)] / (steps if _always(phase) else jnp.maximum(steps, 1))
 
   parts = enumerate(phases)
-  return {name(k, i, p): mean(k, i, p) for i, p in parts for k in ('loss', 'grad_norm')}
+  return {name(k, i, p): mean(k, i, p) for i, p in parts for k in _logged(p)}
 
 
 def done(phase, step):
@@ -128,16 +133,16 @@ def losses(number, phase, state, batch, keys):
 def advance(number, phase, tx, config, told=False):
   """The function (state, batch, keys) -> (state, `Found`) that carries out a phase.
 
-  tx: its optimizer. told: whether its info is wanted. Of the state it changes its own groups and
-  its optimizer's state; where it is not due, nothing.
+  tx: its optimizer. told: whether all of its info is wanted, or the terms alone that are logged. Of
+  the state it changes its own groups and its optimizer's state; where it is not due, nothing.
   """
   count, micro = config['batch_size'], config['accumulate']
 
   def gradient(own, state, batch, keys):
-    """((loss, info), gradient); no info where none is asked for."""
+    """((loss, info), gradient); of the info what is asked for."""
     def total(own):
       each, info = phase.loss(_whole(phase, state.params, own), state, batch, keys)
-      return each.sum() / count, info if told else {}
+      return each.sum() / count, info if told else {term: info[term] for term in phase.terms}
 
     return jax.value_and_grad(total, has_aux=True)(own)
 

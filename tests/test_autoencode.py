@@ -385,7 +385,8 @@ def test_accumulation_and_mesh():
   for found, metrics in (one('accumulate=2'), one('mesh.data=2', 'mesh.fsdp=4', count=8)):
     for key in wanted:
       np.testing.assert_allclose(found[key], wanted[key], rtol=1e-4, atol=2e-5, err_msg=key)
-    for key in ('loss', 'grad_norm', 'loss_disc', 'grad_norm_disc'):
+    terms = ('distance', 'latent', 'perceptual', 'fooled', 'real_disc', 'made_disc')
+    for key in ('loss', 'grad_norm', 'loss_disc', 'grad_norm_disc', *terms):
       assert float(metrics[key]) == pytest.approx(float(told[key]), rel=1e-4), key
 
 

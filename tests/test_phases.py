@@ -39,7 +39,8 @@ BATCH = {'label': LABELS, 'index': jnp.arange(4)}
 
 def game(first=(1, 0), second=(1, 0), losses=(for_x, for_y), carry=None, log_every=1):
   """(step, state) of phases `one` on x and `two` on y. first, second: their (every, start)."""
-  phases = (Phase('one', ('x',), losses[0], *first), Phase('two', ('y',), losses[1], *second))
+  phases = (Phase('one', ('x',), losses[0], *first),
+            Phase('two', ('y',), losses[1], *second, terms=('seen',)))
   tx = {'one': optax.sgd(RATES['one']), 'two': optax.sgd(RATES['two'], momentum=MOMENTUM)}
   rate = {name: optax.linear_schedule(value, 0.0, 10) for name, value in RATES.items()}
   params = {'x': jnp.asarray(1.0), 'y': jnp.asarray(2.0)}
@@ -111,6 +112,9 @@ def test_metrics():
   assert float(second['grad_norm']) == pytest.approx(np.mean(norm_x[3:]), rel=1e-5)
   assert float(second['loss_two']) == pytest.approx((loss_y[3] + loss_y[5]) / 2, rel=1e-5)
   assert float(second['grad_norm_two']) == pytest.approx((norm_y[3] + norm_y[5]) / 2, rel=1e-5)
+  seen = [3 + x for _, _, x, _ in rows]  # the mean label, and what the first phase made of x
+  assert first['seen_two'] == 0 and 'seen' not in second
+  assert float(second['seen_two']) == pytest.approx((seen[3] + seen[5]) / 2, rel=1e-5)
   rates = [(float(m['learning_rate']), float(m['learning_rate_two'])) for *_, m in rows]
   np.testing.assert_allclose([a for a, _ in rates], 0.1 * (1 - np.arange(6) / 10), rtol=1e-6)
   np.testing.assert_allclose(  # due in steps 3 and 5: what the optimizer itself counts

@@ -42,7 +42,8 @@ class Phase(NamedTuple):
   are the config's. groups: names of the groups of parameters it trains. loss: as `Task.loss`; it
   sees the parameters as the phases before it have left them. every, start: it is due in the steps
   start, start + every, ..., from 0; else its parameters and its optimizer stay as they are, so
-  that its learning rate goes by the updates it made.
+  that its learning rate goes by the updates it made. terms: names in the loss's info whose means
+  are logged beside it.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Phase(NamedTuple):
   loss: Callable[..., Any]
   every: int = 1
   start: int = 0
+  terms: tuple = ()
 
 
 class Task(NamedTuple):
@@ -81,6 +83,7 @@ class Task(NamedTuple):
   phases: `Phase`s, carried out in order within each step; `loss` is then that of the first. Keys of
     later ones are others than the first's. `prepare` comes before them all. Without any, all
     parameters are trained by `loss`.
+  terms: of `loss` where there are no phases, as `Phase.terms`.
   """
 
   init: Callable[..., Any]
@@ -98,3 +101,4 @@ class Task(NamedTuple):
   reconstruct: Callable[..., Any] | None = None
   carry: dict = {}
   phases: tuple[Phase, ...] = ()
+  terms: tuple = ()

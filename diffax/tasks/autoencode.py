@@ -70,15 +70,17 @@ def autoencode(
 
   code = partial(_code, model, kl, commitment)
   loss = _loss(config, code, looks, critic)
+  terms = ('distance', 'latent', *['perceptual'] * bool(looks.maps), *['fooled'] * bool(critic))
   phases = (
-    Phase('net', ('net',), loss),
-    Phase('disc', ('disc',), partial(_critic_loss, code, critic), start=discriminator['start']),
+    Phase('net', ('net',), loss, terms=terms),
+    Phase('disc', ('disc',), partial(_critic_loss, code, critic), start=discriminator['start'],
+          terms=('real', 'made')),
   )
   sample = partial(_sample, config, source, split, code, shape)
   return Task(
     init, loss, sample, 0, phases=phases if critic else (),
     frozen={'perceptual': looks.frozen} if looks.maps else {},
-    reconstruct=partial(_reconstruct, model, code, looks),
+    reconstruct=partial(_reconstruct, model, code, looks), terms=terms,
   )
 
 
