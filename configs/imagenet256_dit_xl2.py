@@ -1,18 +1,18 @@
 """ImageNet, 256x256, by class, in the latents of an autoencoder: DiT-XL/2 of Peebles & Xie 2023.
 
-  python -m diffax.main --config configs/imagenet256_dit_xl2.py --workdir runs/dit_xl2 \\
-    --config.data.path=/data/imagenet256_latents
+  python -m diffax.main --config configs/imagenet256_dit_xl2.py --mode encode \\
+    --workdir data/imagenet256_latents/train --config.data=folder --config.data.size=256 \\
+    --config.data.flip --config.data.path=/data/imagenet/train        # and validation/ alike
+  python -m diffax.main --config configs/imagenet256_dit_xl2.py --workdir runs/dit_xl2
 
 64 GPUs or TPU chips; 7 M steps of 256, 1.3e21 FLOP: two and a half days at 100 TFLOP/s a chip. To
 reach: FID 2.27 with guidance 1.5 and 250 steps, from 50000 samples (table 2). Not run here.
 
-The data is a folder of `diffax.data.sources.arrays`: train/latents.npy [1281167 32 32 4], the
-latents of Stable Diffusion's first autoencoder times 0.18215, train/labels.npy, and validation/
-alike; samples.npz then holds latents, to be decoded and judged elsewhere.
+data/sd_vae is Stable Diffusion's autoencoder in diffusers' layout (sd-vae-ft-ema), by which the
+first command makes the latents that the second draws from.
 
 What differs from the paper: times are drawn from the whole of [0, 1] and not only from the 1000
-places of the table, each image has one latent and not a new draw each time, mirrored latents stand
-for those of mirrored images, and guidance acts on all channels where the paper's code guides three.
+places of the table, and guidance acts on all channels where the paper's code guides three.
 """
 
 from typing import Literal
@@ -27,8 +27,9 @@ def get_config(variant: Literal['full', 'smoke'] = 'full'):
   c.batch_size = 256
 
   c.data = dict(
-    name='arrays', path='data/imagenet256_latents', split='train', flip=True, workers=4
+    name='latents', path='data/imagenet256_latents', split='train', flip=True, workers=4
   )
+  c.latent = dict(name='autoencoder', path='data/sd_vae')
   c.task = dict(name='generate', drop_cond=0.1)
 
   c.schedule = dict(name='linear_table')
@@ -52,7 +53,7 @@ def get_config(variant: Literal['full', 'smoke'] = 'full'):
 
   if variant == 'smoke':  # on digits, for which nothing is to be encoded
     c.steps, c.batch_size, c.log_every, c.save_every = 4, 16, 2, 4
-    c.data = dict(name='digits', split='train')
+    c.data, c.latent = dict(name='digits', split='train'), dict(name='none')
     c.model = dict(name='dit', patch=4, width=32, depth=2, heads=2, classes=10)
     c.evals.samples.update(every=4, rows=1, batch_size=8)
     c.evals.held_out.update(every=0, split='test')

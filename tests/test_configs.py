@@ -25,7 +25,7 @@ SHAPES = {  # of what may not be here, by data set
   'cifar10': (32, 32, 3, 10),
   'celeb_a': (218, 178, 3, 0),
   'imagenet_resized/64x64': (64, 64, 3, 1000),
-  'arrays': (32, 32, 4, 1000),
+  'latents': (256, 256, 3, 1000),  # the pictures that they are of
   'emoji': (64, 64, 3, 0),
 }
 
@@ -43,10 +43,9 @@ REAL = [f'{path}:{variant}' for path in CONFIGS for variant in variants(path)[:-
 def blank(of: str, split='train') -> sources.Source:
   """A source of the shape of `of`, of nothing but zeros: what setting up a run asks of one."""
   *shape, classes = SHAPES[of]
-  dtype = np.dtype(np.float32 if of == 'arrays' else np.uint8)
-  read = lambda i: (np.zeros(shape, dtype), 0)
+  read = lambda i: (np.zeros(shape, np.uint8), 0)
   captions = ('a', 'b') if of == 'emoji' else None
-  return sources.Source(read, str, 2**20, tuple(shape), classes, dtype, captions=captions)
+  return sources.Source(read, str, 2**20, tuple(shape), classes, np.uint8, captions=captions)
 
 
 def autoencoder(folder):
