@@ -48,11 +48,12 @@ def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
 
   if variant == 'latent':
     c.latent = dict(name='autoencoder', path='runs/emoji_autoencoder/export')
-    c.model.patch = 2
+    c.model.patch, c.prediction.sigma_data = 2, 1.0
   if variant == 'upscale':
     c.given = dict(name='smaller', factor=4, noise=0.3)
     c.model.image = 4
-    c.evals.samples.prompts = ()
+    c.evals.samples.update(prompts=(), guidance=1.5)
+    c.sample.guidance = 1.5
   if variant == 'smoke':  # the digits, whose captions are 'zero' to 'nine'
     c.steps, c.batch_size, c.log_every, c.save_every = 4, 8, 2, 4
     c.data = dict(name='digits', split='train')
