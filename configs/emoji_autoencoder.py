@@ -3,10 +3,11 @@
   python -m diffax.main --config configs/emoji_autoencoder.py --workdir runs/emoji_autoencoder
   python -m diffax.main --config configs/emoji_autoencoder.py:vq --workdir runs/emoji_vq
 
-`full`: a KL autoencoder of 0.7 M parameters, 0.74 GFLOP forward; 3000 steps of 32 pictures, some 70
-minutes of one CPU core at 21 pictures a second; not run here to its end. `vq`: a codebook of 1024
-in its place. The perceptual loss is that of random features, for nothing is to be downloaded; with
-a file of LPIPS (see `diffax.perceptual.lpips`) and a discriminator of patches, on a GPU:
+`full`: a KL autoencoder of 0.7 M parameters, 0.74 GFLOP forward; 2000 steps of 32 pictures, 50
+minutes of one quiet CPU core at 21 pictures a second; PSNR 26.9 and SSIM 0.88 on the 438 held-out
+pictures (experiments/emoji_text2image). `vq`: a codebook of 1024 in its place, not run. The
+perceptual loss is that of random features, for nothing is to be downloaded; with a file of LPIPS
+(see `diffax.perceptual.lpips`) and a discriminator of patches, on a GPU:
 
   --config.task.perceptual.name=lpips --config.task.perceptual.weights=lpips.safetensors
   --config.task.discriminator.weight=0.1 --config.task.discriminator.start=1000
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 def get_config(variant: Literal['full', 'vq', 'smoke'] = 'full'):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 3_000
+  c.steps = 2_000
   c.batch_size = 32
 
   c.data = dict(name='emoji', split='train', flip=True)
@@ -46,7 +47,7 @@ def get_config(variant: Literal['full', 'vq', 'smoke'] = 'full'):
   c.optimizer = dict(name='adam', b1=0.9, b2=0.99, clip=1.0)
   c.learning_rate = dict(
     name='warmup_cosine_decay_schedule', init_value=0.0, peak_value=2e-3, warmup_steps=100,
-    decay_steps=3_000, end_value=1e-5,
+    decay_steps=2_000, end_value=1e-5,
   )
   c.ema = (0.998,)
   c.log_every, c.save_every = 50, 500

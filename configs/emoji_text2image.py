@@ -5,8 +5,10 @@
 
 `full` denoises pixels; `latent` the latents of an autoencoder of configs/emoji_autoencoder.py, as
 `--mode export` wrote it into runs/emoji_autoencoder/export; `upscale` makes 64 pixels of 16, the
-second stage of a cascade. Each some two hours of two CPU cores; not run here to its end. A folder
-of your own with captions.jsonl: --config.data=captioned --config.data.path=DIR.
+second stage of a cascade. Each some 65 minutes of two CPU cores at 41 pictures a second; `latent`
+reached 30.6 % top-1 of 50 after 4258 steps (experiments/emoji_text2image), `full` and `upscale`
+were not run to their end. A folder of your own with captions.jsonl: --config.data=captioned
+--config.data.path=DIR.
 """
 
 from typing import Literal

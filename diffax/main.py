@@ -131,7 +131,7 @@ def resolve(values, overrides, workdir):
     if config['given']['name'] != 'none' and config['sample']['edit']['name'] == 'none':
       raise ConfigError(
         f'--weights={values.weights}: this network is told a picture: say --config.sample.edit='
-        "inpaint, or instruct where it was trained to, and the edit's files, as "
+        "inpaint, instruct or upscale, what it was trained to, and the edit's files, as "
         '--config.sample.edit.image=FILE'
       )
     return config
