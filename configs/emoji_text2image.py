@@ -48,12 +48,12 @@ def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
   )
   c.sample = dict(count=32, guidance=4.0, sampler=sampler)
 
-  if variant == 'latent':
+  if variant in ('latent', 'upscale'):
     c.latent = dict(name='autoencoder', path='runs/emoji_autoencoder/export')
     c.model.patch, c.prediction.sigma_data = 2, 1.0
   if variant == 'upscale':
-    c.given = dict(name='smaller', factor=4, noise=0.3)
-    c.model.image = 4
+    c.given = dict(name='noised', factor=4, most=350)
+    c.model.update(image=3, noise_levels=1000)
     c.evals.samples.update(prompts=(), guidance=1.5)
     c.sample.guidance = 1.5
   if variant == 'smoke':  # the digits, whose captions are 'zero' to 'nine'

@@ -235,6 +235,17 @@ def test_examples_are_apart(params, plain):
     np.testing.assert_array_equal(out[1:], plain[1:])
 
 
+def test_noise_level():
+  """An example is told by which step the picture beside it was noised."""
+  model, (x, t, cond) = network(noise_levels=1000), examples()
+  told = lambda levels: (x, t, {**cond, 'noise_level': levels})
+  none = jnp.zeros(BATCH, jnp.int32)
+  params = drawn(shapes(model, *told(none)))
+  plain, out = (run(model, params, *told(levels)) for levels in (none, none.at[0].set(20)))
+  assert differ(out[0], plain[0]) > 1e-3
+  np.testing.assert_array_equal(out[1:], plain[1:])
+
+
 def test_null_label(params):
   """The null label is a row of its own after the classes; without classes no label is asked for."""
   x, t, _ = examples()

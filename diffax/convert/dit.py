@@ -111,13 +111,13 @@ def _kind(model):
   dit = dit and model.interpolation == 1
   pixart = model.modulation == 'shared' and model.text and not model.classes
   usual = model.positions == 'sincos' and not model.pooled and model.mlp_ratio == 4
-  usual = usual and not model.image and not model.mask
+  usual = usual and not (model.image or model.mask or model.noise_levels)
   if not usual or not (dit or pixart):
     raise ValueError(
       f'no published network has modulation={model.modulation!r}, classes={model.classes}, '
       f'text={model.text}, pooled={model.pooled}, resolution={model.resolution}, positions='
       f'{model.positions!r}, interpolation={model.interpolation}, mlp_ratio={model.mlp_ratio}, '
-      f'image={model.image}, mask={model.mask} '
+      f'image={model.image}, mask={model.mask}, noise_levels={model.noise_levels} '
       'together: a DiT has classes and block, a PixArt text and shared, both sincos and 4.0'
     )
   return 'dit' if dit else 'pixart'

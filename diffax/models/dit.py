@@ -55,6 +55,7 @@ def dit(
   interpolation: float = 1.0,
   image: int = 0,
   mask: bool = False,
+  noise_levels: int = 0,
 ) -> nn.Module:
   """A DiT of free size.
 
@@ -71,6 +72,7 @@ def dit(
   `base` patches a side, of which a smaller one takes the middle. base, interpolation: stretch the
   coordinates of the first two, see `layers.coordinates`.
   image, mask: channels of cond['image'], and whether there is a cond['mask'] of one, shown with x.
+  noise_levels: how many cond['noise_level'], int [b], may be; it is added to the time; 0 for none.
   Raises ValueError for a width that does not divide by the heads, or by 3 with `resolution`, and
   for names and sizes that there are not.
   """
@@ -94,7 +96,7 @@ def dit(
     )
   return DiT(
     patch, width, depth, heads, classes, mlp_ratio, dropout, remat, jnp.dtype(dtype), channels,
-    text, pooled, resolution, modulation, positions, base, interpolation, image, mask,
+    text, pooled, resolution, modulation, positions, base, interpolation, image, mask, noise_levels,
   )
 
 
@@ -240,7 +242,7 @@ class DiT(nn.Module):
 
   x: [b *space c], any number of space axes. t: [b], about 0 to 1000. cond: dict, `label` int [b],
   `text` [b m text], `text_mask` [b m], `pooled` [b pooled], `size` [b 6], `image` [b *space image],
-  `mask` [b *space 1]. keys: [b] for dropout,
+  `mask` [b *space 1], `noise_level` [b]. keys: [b] for dropout,
   given in training alone. per_layer: what blocks are given one by one, each with a leading axis
   `depth` (see `Block`). channels: how many to return, 0 for as many as x has.
   Returns float32 [b *space channels]. Raises ValueError where the grid does not divide into
@@ -266,6 +268,7 @@ class DiT(nn.Module):
   interpolation: float = 1.0
   image: int = 0
   mask: bool = False
+  noise_levels: int = 0
 
   @nn.compact
   def __call__(self, x, t, cond, *, keys=None, per_layer=None):
@@ -345,6 +348,8 @@ class DiT(nn.Module):
       )
     if self.pooled:
       c += mlp(cond['pooled'], 'pooled')
+    if self.noise_levels:
+      c += mlp(layers.sinusoids(cond['noise_level'], 256), 'noise_level')
     if self.resolution:  # Chen et al. 2023, app. A: each number by itself, a third of the channels
       h, w = cond['size'][:, 4].astype(jnp.float32), cond['size'][:, 5].astype(jnp.float32)
       sides = mlp(layers.sinusoids(jnp.concatenate([h, w]), 256), 'resolution', self.width // 3)

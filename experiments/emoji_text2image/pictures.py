@@ -65,8 +65,7 @@ def figures(out):
   small = given / 'small'
   small.mkdir(exist_ok=True)
   for i, caption in enumerate(UPSCALED):
-    reduced = real[caption].reshape(16, 4, 16, 4, 3).mean((1, 3))
-    images.save(small / f'{i}.png', np.rint(reduced).astype(np.uint8))
+    images.save(small / f'{i}.png', reduced(real[caption]))
   return (
     prompts() | negative() | guidance() | inpaint(files, mask, real) | outpaint(files, real)
     | image_to_image(files, real) | upscale(small, real) | between()
@@ -134,12 +133,12 @@ def image_to_image(files, real):
 
 def upscale(small, real):
   known = np.stack([real[caption] for caption in UPSCALED])
-  low = known.reshape(-1, 16, 4, 16, 4, 3).mean((2, 4)).round().astype(np.uint8)
+  low = np.stack([reduced(x) for x in known])
   edit = dict(edit='upscale', edit__image=small)
   return {'upscale': [
     Row(('16 pixels',), given=low.repeat(4, 1).repeat(4, 2)),
-    *(Row((f'64 of them,\nnoise {noise}',), 'upscale', asked(*UPSCALED, **edit, edit__noise=noise))
-      for noise in (0.0, 0.1, 0.3)),
+    *(Row((f'64 of them,\nstep {noise}',), 'upscale', asked(*UPSCALED, **edit, edit__noise=noise))
+      for noise in (0, 50, 200)),
     Row(('real',), given=known)]}
 
 
@@ -149,6 +148,11 @@ def between():
       'red heart', 'flag: Norway', edit='interpolate', edit__frames=WIDE)),
     Row(('variations of\nthe first',), 'pixel', asked(
       'red heart', edit='variations', edit__seed=0, edit__strength=0.3))]}
+
+
+def reduced(picture):
+  """uint8 [64 64 3] -> [16 16 3]."""
+  return np.rint(picture.reshape(16, 4, 16, 4, 3).mean((1, 3))).astype(np.uint8)
 
 
 def emoji():
