@@ -89,8 +89,8 @@ def negative():
   rows = []
   for prompt, without in (
     ('woman farmer', 'woman'), ('red heart', 'red'), ('flag: Norway', 'red')):
-    rows.append(Row((prompt,), 'pixel', asked(prompt)))
-    rows.append(Row((f'{prompt}\nnegative: {without}',), 'pixel', (
+    rows.append(Row((prompt,), 'latent', asked(prompt)))
+    rows.append(Row((f'{prompt}\nnegative: {without}',), 'latent', (
       '--negative', without, *asked(prompt))))
   return {'negative': rows}
 
@@ -98,7 +98,7 @@ def negative():
 def guidance():
   said = (*NAMED, 'grinning cat with smiling eyes')
   return {'guidance': [
-    Row((f'guidance {scale:g}',), 'pixel', asked(*said, guidance=scale))
+    Row((f'guidance {scale:g}',), 'latent', asked(*said, guidance=scale))
     for scale in (1, 2, 3, 5, 7.5, 10, 15)]}
 
 
@@ -110,7 +110,7 @@ def inpaint(files, mask, real):
   said = ('woman astronaut', 'woman farmer', *NAMED[2:], 'man in lotus position: dark skin tone')
   return {'inpaint': [
     Row(('given, and hidden',), given=np.stack([known, shown])),
-    Row(said, 'pixel', asked(*said, rows=len(said), **edit))]}
+    Row(said, 'latent', asked(*said, rows=len(said), **edit))]}
 
 
 def outpaint(files, real):
@@ -118,7 +118,7 @@ def outpaint(files, real):
               edit__top=0, edit__bottom=24)
   return {'outpaint': [
     Row(('given',), given=real['dog face'][None]),
-    Row(('dog',), 'pixel', asked('dog', **edit))]}
+    Row(('dog',), 'latent', asked('dog', **edit))]}
 
 
 def image_to_image(files, real):
@@ -127,7 +127,7 @@ def image_to_image(files, real):
     rows.append(Row((f'given: {caption}',), given=real[caption][None]))
     for strength in (0.5, 0.7, 0.9):
       edit = dict(edit='image_to_image', edit__image=files[caption], edit__strength=strength)
-      rows.append(Row((f'{prompt}\nstrength {strength}',), 'pixel', asked(prompt, **edit)))
+      rows.append(Row((f'{prompt}\nstrength {strength}',), 'latent', asked(prompt, **edit)))
   return {'image_to_image': rows}
 
 
@@ -144,9 +144,9 @@ def upscale(small, real):
 
 def between():
   return {'interpolate': [
-    Row(('red heart to\nflag: Norway',), 'pixel', asked(
+    Row(('red heart to\nflag: Norway',), 'latent', asked(
       'red heart', 'flag: Norway', edit='interpolate', edit__frames=WIDE)),
-    Row(('variations of\nthe first',), 'pixel', asked(
+    Row(('variations of\nthe first',), 'latent', asked(
       'red heart', edit='variations', edit__seed=0, edit__strength=0.3))]}
 
 
