@@ -19,23 +19,23 @@ from ml_collections import ConfigDict
 def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
   c = ConfigDict()
   c.seed = 0
-  c.steps = 5_000
+  c.steps = dict(latent=5_000, upscale=1_500).get(variant, 4_000)
   c.batch_size = 32
 
   unseen = ('flag: Norway', 'red heart', 'woman mage')
   c.data = dict(name='emoji', split='train', without=unseen)
   c.text = dict(name='learned', vocab=1024, length=32, width=256, depth=2, heads=4)
   c.task = dict(name='generate', drop_cond=0.1)
-  c.schedule = dict(name='linear')
+  c.schedule = dict(name='shift', of=dict(name='linear'), shift=3.0)
   c.prediction = dict(name='edm', sigma_data=0.6, time_scale=250.0)
-  c.loss = dict(time=dict(name='logit_normal'), weight=dict(name='uniform'))
+  c.loss = dict(time=dict(name='uniform'), weight=dict(name='uniform'))
   c.model = dict(name='dit', patch=8, width=256, depth=6, heads=4, modulation='shared', text=256,
                  pooled=256)
 
   c.optimizer = dict(name='adamw', b2=0.99, weight_decay=0.01, clip=1.0)
   c.learning_rate = dict(
     name='warmup_cosine_decay_schedule', init_value=0.0, peak_value=8e-4, warmup_steps=300,
-    decay_steps=5_000, end_value=1e-5,
+    decay_steps=c.steps, end_value=1e-5,
   )
   c.ema = (0.999,)
   c.log_every, c.save_every = 100, 1_000
@@ -50,6 +50,7 @@ def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
 
   if variant in ('latent', 'upscale'):
     c.latent = dict(name='autoencoder', path='runs/emoji_autoencoder/export')
+    c.schedule, c.loss.time = dict(name='linear'), dict(name='logit_normal')
     c.model.patch, c.prediction.sigma_data = 2, 1.0
   if variant == 'upscale':
     c.given = dict(name='noised', factor=4, most=350)
