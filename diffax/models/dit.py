@@ -242,9 +242,9 @@ class DiT(nn.Module):
 
   x: [b *space c], any number of space axes. t: [b], about 0 to 1000. cond: dict, `label` int [b],
   `text` [b m text], `text_mask` [b m], `pooled` [b pooled], `size` [b 6], `image` [b *space image],
-  `mask` [b *space 1], `noise_level` [b]. keys: [b] for dropout,
-  given in training alone. per_layer: what blocks are given one by one, each with a leading axis
-  `depth` (see `Block`). channels: how many to return, 0 for as many as x has.
+  `mask` [b *space 1], `noise_level` [b]. keys: [b] for dropout, given in training alone. per_layer:
+  what blocks are given one by one, each with a leading axis `depth` (see `Block`). channels: how
+  many to return, 0 for as many as x has.
   Returns float32 [b *space channels]. Raises ValueError where the grid does not divide into
   patches, or is larger than the table of learned positions.
   """
