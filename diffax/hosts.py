@@ -27,6 +27,10 @@ LATEST = 3600  # seconds that hosts wait for the last of them
 LONGEST = 10  # times the longest step so far that one may take before it counts as standing still
 
 
+class Apart(Exception):
+  """The hosts of a run did not find each other: trouble that a new start may end."""
+
+
 # --- finding each other ---------------------------------------------------------------------------
 
 
@@ -39,7 +43,8 @@ def start(env=None):
   Slurm        by itself within `srun`, one task a node or one a GPU
   Open MPI     by itself within `mpirun`
 
-  Raises ConfigError where what is said is incomplete, or the hosts do not find each other.
+  Raises ConfigError where what is said is incomplete, `Apart` where the hosts do not find each
+  other.
   """
   if jax.distributed.is_initialized():
     return
@@ -55,7 +60,7 @@ def start(env=None):
   except (RuntimeError, ValueError) as error:
     if 'coordinator_address' in str(error) and _on_tpu(env):  # of a notebook, and no cluster's
       return
-    raise ConfigError(
+    raise Apart(
       f'the hosts of this run did not find each other ({" ".join(str(error).split())[:300]}): '
       f'settings {arguments or "of the cluster"}; check that all were started, and that the first '
       'can be reached by the others'

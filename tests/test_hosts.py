@@ -76,7 +76,7 @@ def test_start(monkeypatch):
 
   monkeypatch.setattr(hosts.jax.distributed, 'initialize', initialize)
   hosts.start({})
-  with pytest.raises(ConfigError, match='did not find each other .Timed out: 1 of 4.*a:1'):
+  with pytest.raises(hosts.Apart, match='did not find each other .Timed out: 1 of 4.*a:1'):
     hosts.start(THREE)
 
 
