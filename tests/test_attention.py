@@ -1,8 +1,6 @@
 """Attention: every program for it gives what the formula says, and each is chosen where it fits."""
 
-import json
-import subprocess
-import sys
+import collections
 import types
 from unittest import mock
 
@@ -10,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import run_diffax
 
 from diffax import sharding
 from diffax.build import ConfigError
@@ -274,22 +271,36 @@ def test_errors_name_the_value_and_the_remedy():
     attentions.attention(q, k, v, impl='ring', causal=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('package, chip, mesh, side, found', [
-  ('libtpu', 'v5e:2x2', 'fsdp=4', 64, 'tpu_custom_call'),  # splash, of 1024 tokens
-  ('libtpu', 'v5e:2x2', 'sequence=4', 64, 'collective-permute'),  # the ring
-  ('jax_plugins.xla_cuda12', 'h200', 'fsdp=8', 32, 'fmha'),  # cuDNN's
-])
-def test_compiled_for_chips_that_are_not_there(package, chip, mesh, side, found):
-  """A DiT's training step, ahead of time, by the chips' own compilers; see chips.py for these."""
-  pytest.importorskip(package)
-  script = run_diffax.ROOT / 'experiments' / 'scale' / 'chips.py'
-  command = [sys.executable, script, f'--chip={chip}', '--preset=S/2', f'--mesh={mesh}',
-             f'--side={side}', '--batch=16']
-  done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-  assert done.returncode == 0, done.stderr[-2000:]
-  row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{')))
-  assert any(found in name for name in [*row['kernels'], *row['collectives']]), row
+def carried_out(function, *args):
+  """{primitive: how often it stands in a traced program}, within others too."""
+  found = collections.Counter()
+
+  def look(jaxpr):
+    for equation in jaxpr.eqns:
+      found[equation.primitive.name] += 1
+      for value in jax.tree.leaves(list(equation.params.values())):
+        inner = getattr(value, 'jaxpr', value)
+        if hasattr(inner, 'eqns') and equation.primitive.name != 'pallas_call':
+          look(inner)
+
+  look(jax.make_jaxpr(function)(*args).jaxpr)
+  return found
+
+
+def test_kept_for_the_backward_pass():
+  """`dots_saveable` keeps what a kernel for attention made, and a product with its bias."""
+  q, k, v = inputs(n=128, m=128)
+  attend = lambda q: attentions._splash(q, k, v, None).sum()
+  x, dense = jnp.ones((4, 8)), layers.Dense(8)
+  params = dense.init(jax.random.key(0), x)
+  bent = lambda params: jnp.sin(jnp.tanh(dense.apply(params, x))).sum()
+
+  def count(function, at, name, policy=None):
+    kept = jax.checkpoint(function, policy=layers.policy(policy)) if policy else function
+    return carried_out(jax.grad(kept), at)[name]
+
+  for case in ((attend, q, 'pallas_call'), (bent, params, 'add')):
+    assert count(*case, 'dots_saveable') == count(*case) < count(*case, 'nothing_saveable'), case
 
 
 # --- convolutions of maps whose rows are split ----------------------------------------------------

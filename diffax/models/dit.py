@@ -145,7 +145,7 @@ def modulate(x, shift, scale):
 
 def _dense(dtype, init):
   """(features, name, init) -> a Dense layer of that dtype."""
-  return lambda features, name, init=init: nn.Dense(
+  return lambda features, name, init=init: layers.Dense(
     features, dtype=dtype, kernel_init=init, dot_general=layers.flat_dot, name=name
   )
 
@@ -297,12 +297,14 @@ class DiT(nn.Module):
     if keys is not None and self.dropout:
       fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
       per_layer['keys'] = fold(keys, jnp.arange(self.depth))  # [depth b]
+    unroll = layers.unroll_blocks(self.depth)
     stack = nn.scan(
-      layers.remat(Block, self.remat, prevent_cse=False),
+      layers.remat(Block, self.remat, prevent_cse=unroll > 1),
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, 0, nn.broadcast),
       length=self.depth,
+      unroll=unroll,
     )(self.heads, self.mlp_ratio, self.dropout, self.dtype, self.modulation, name='blocks')
     x, _ = stack(x, each, per_layer, told)
 

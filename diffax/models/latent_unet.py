@@ -214,7 +214,7 @@ def conv(design, channels, name, init=UNIFORM, **options):
 
 
 def dense(design, channels, name, init=UNIFORM, **options):
-  return nn.Dense(
+  return layers.Dense(
     channels, dtype=design.dtype, kernel_init=init, dot_general=layers.flat_dot, name=name,
     **options
   )

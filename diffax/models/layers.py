@@ -4,6 +4,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -191,6 +192,15 @@ def unroll(length):
   return length if platform() == 'cpu' else 1
 
 
+def unroll_blocks(length):
+  """How many blocks of a scan to write out: on a GPU all, else one.
+
+  Each step of a loop on a GPU copies its slices of the kernels and of what is kept for the backward
+  pass, and nothing is fused or overlapped across its end. TPUs have loops for free.
+  """
+  return length if platform() == 'gpu' else 1
+
+
 def when(flag, act, rest):
   """act() where `flag`, a traced bool, holds, else rest(): `lax.cond`. On a CPU both are computed.
 
@@ -278,14 +288,25 @@ def remat(module, name, **options):
 
 
 def policy(name):
-  """The function of `jax.checkpoint_policies`; where tokens are split, `dots_saveable` leaves out
-  products within examples, the ring's blocks of scores, of which it is to keep none.
+  """The function of `jax.checkpoint_policies`; `dots_saveable` keeps what is a product in all but
+  its name, too: a `Dense` with its bias, and attention by one kernel.
+
+  Where tokens are split it leaves out products within examples, the ring's blocks of scores, of
+  which it is to keep none.
   """
+  if name != 'dots_saveable':
+    return getattr(jax.checkpoint_policies, name)
   mesh = jax.sharding.get_abstract_mesh()
   axis = None if mesh.empty else nn.logical_to_mesh_axes(('tokens',))[0]
-  if name == 'dots_saveable' and axis and mesh.shape[axis] > 1:
-    return _unbatched
-  return getattr(jax.checkpoint_policies, name)
+  dots = _unbatched if axis and mesh.shape[axis] > 1 else jax.checkpoint_policies.dots_saveable
+  products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+  return lambda primitive, *args, **params: (
+    primitive.name in KERNELS or products(primitive, *args, **params)
+    or dots(primitive, *args, **params))
+
+
+PRODUCT = 'product'  # what `Dense` calls its result
+KERNELS = ('dot_product_attention_fwd_wrapper', 'dot_product_attention_fwd', 'pallas_call')
 
 
 def _unbatched(primitive, *_, **params):
@@ -293,6 +314,16 @@ def _unbatched(primitive, *_, **params):
     _, (batched, _) = params['dimension_numbers']
     return not batched
   return primitive is jax.lax.conv_general_dilated_p
+
+
+class Dense(nn.Dense):
+  """Linen's, whose result with its bias is what a backward pass finds (`policy`).
+
+  The product alone would else be kept, the bias added twice, and neither fused with the other.
+  """
+
+  def __call__(self, x):
+    return checkpoint_name(super().__call__(x), PRODUCT)
 
 
 def dropout(x, keys, rate):
