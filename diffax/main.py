@@ -1,4 +1,4 @@
-"""The door: trains, samples, evaluates, replays or encodes what a config describes.
+"""The door: trains, samples, evaluates, replays, encodes or plans what a config describes.
 
   python -m diffax.main --config configs/digits.py --workdir runs/digits
   python -m diffax.main --config configs/digits.py:smoke --workdir runs/smoke --config.steps=10
@@ -11,11 +11,14 @@
   python -m diffax.main --workdir runs/digits --mode evaluate --evals quality
   python -m diffax.main --workdir runs/digits --mode reference
   python -m diffax.main --workdir runs/digits --mode replay --step 17
+  python -m diffax.main --config configs/x.py --workdir plans/x --mode plan --topology v5e:16x16
   python -m diffax.main --config configs/x.py --mode encode --workdir data/x_latents
 
 `reference` computes what evaluations need of the data alone, once, into the cache ($DIFFAX_CACHE,
 or ~/.cache/diffax); `evaluate` and training do so themselves where it is not there. `encode` makes
-a latent data set of the config's data in --workdir (`diffax.encode`).
+a latent data set of the config's data in --workdir (`diffax.encode`). `plan` compiles the program
+for chips that are not here (`diffax.chips`), says whether it fits and how fast it can be, and
+writes plan.json; --plan.what=sample plans sampling, --plan.search tries other meshes and settings.
 
 Where the environment tells of several hosts (`diffax.hosts.start`), each is started with the same
 command. `--profile.start=100 --profile.steps=5` traces training steps for TensorBoard or Perfetto.
@@ -40,8 +43,8 @@ from diffax import config as configs
 from diffax import hosts
 from diffax.build import ConfigError, near
 
-MODES = ('train', 'sample', 'evaluate', 'export', 'reference', 'replay', 'encode')
-BEGINS = ('train', 'reference', 'encode')  # where there may be no workdir yet
+MODES = ('train', 'sample', 'evaluate', 'export', 'reference', 'replay', 'encode', 'plan')
+BEGINS = ('train', 'reference', 'encode', 'plan')  # where there may be no workdir yet
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -76,6 +79,14 @@ def define_flags():
   )
   flags.DEFINE_string('prompts', '', 'sample: a file of prompts, one a line', flag_values=values)
   flags.DEFINE_string('negative', '', 'sample: what not to draw', flag_values=values)
+  flags.DEFINE_string(
+    'topology', '', 'plan: the chips, as v5e:16x16, 2*v6e:16x16, h200:2x8 or cpu:8',
+    flag_values=values
+  )
+  flags.DEFINE_string('plan.what', 'train', 'plan: train or sample', flag_values=values)
+  flags.DEFINE_boolean(
+    'plan.search', False, 'plan: try meshes, remat and microbatches', flag_values=values
+  )
   flags.DEFINE_boolean('help', False, 'this text', flag_values=values)
   return values
 
@@ -110,6 +121,10 @@ def parse(argv):
   if bool(values.out) != (values.mode == 'export'):
     raise ConfigError(
       f'--out={values.out!r} with --mode {values.mode}: a folder to write is named of export alone')
+  if bool(values.topology) != (values.mode == 'plan'):
+    raise ConfigError(
+      f'--topology={values.topology!r} with --mode {values.mode}: --mode plan needs one, as '
+      'v5e:16x16 or h200:8, and no other does')
   if values.weights and getattr(values, 'from'):
     raise ConfigError('--weights and --from: a run begins with one of them')
   return values, [a for a in joined if a.startswith('--config.')]
@@ -252,6 +267,24 @@ def _train(config, workdir, warm, profile, released):
   train.train(run, workdir, source, profile, released)
 
 
+def _plan(values, overrides):
+  from diffax import chips, plan
+
+  jax.config.update('jax_platforms', 'cpu')  # no accelerator is touched, though one may be there
+  _cache_programs()
+  topology, workdir = chips.topology(values.topology), epath.Path(values.workdir)
+  config, what = resolve(values, asked(values, overrides), workdir), values['plan.what'].value
+  _writable(workdir)
+  if values['plan.search'].value:
+    found = plan.search(config, topology, what, lambda line: print(line, flush=True))
+    made = found[0] | {'search': found}
+    print(f'\n{plan.advice(found)}\n')
+  else:
+    made = plan.plan(config, topology, what)
+  print(plan.report(made))
+  configs.write(workdir / 'plan.json', json.dumps(made, indent=1) + '\n')
+
+
 def _same(config):
   """Raises ConfigError on the hosts whose config is not that of the first."""
   found = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -272,6 +305,9 @@ def _run(argv):
   values, overrides = parse(argv)
   if values.help:
     print(__doc__, values.get_help(), sep='\n')
+    return
+  if values.mode == 'plan':
+    _plan(values, overrides)
     return
   hosts.start()
   _cache_programs()
@@ -317,7 +353,8 @@ def _run(argv):
 
 
 def main(argv=None):
-  """Runs a command line; a user's mistake ends it with one line and exit status 2."""
+  """Runs a command line; a user's mistake ends it with one line and exit status 2, trouble that a
+  new start may end with one and 1."""
   logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at INFO
   try:
     _run(argv or sys.argv)
@@ -329,7 +366,7 @@ def main(argv=None):
   except Exception as error:
     from diffax.train import BadStep
 
-    if not isinstance(error, BadStep):
+    if not isinstance(error, (BadStep, hosts.Apart)):
       hosts.fail()
       raise
     print(f'error: {error}', file=sys.stderr)

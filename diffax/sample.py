@@ -40,30 +40,12 @@ def drawer(run, settings, path, drawing=None):
   evaluation of the config, `path` its place; drawing: the task's of them, where it is at hand.
   Raises ConfigError.
   """
-  if settings['batch_size'] < 1:
-    raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
+  drawing = drawing or run.task.sample(settings, path)
   whole = lambda count: sharding.whole(count, run.mesh)
   used = settings['ema'] or last(run.like)
-  like = _like(run.like, used)
-  drawing = drawing or run.task.sample(settings, path)
-  batch = sharding.batch(run.mesh)
+  generate, _ = program(run, settings, path, drawing)
   pictures = run.source.dtype == np.uint8 or drawing.decoded
   finish = transforms.to_uint8 if pictures else np.asarray
-
-  @jax.jit
-  def generate(params, frozen, index, asked):
-    lay = lambda x: jax.lax.with_sharding_constraint(x, batch)
-    index, asked = lay(index), jax.tree.map(lay, asked)
-    return drawing.draw(params, frozen, samplers.sample_keys(settings['seed'], index), asked)
-
-  try:  # what only a look at the whole can tell, before any of it is compiled
-    index = np.arange(whole(settings['batch_size']), dtype=np.int32)
-    with run.layout():
-      jax.eval_shape(generate, like, run.like.frozen, index, drawing.ask(index))
-  except ConfigError:
-    raise
-  except (ValueError, TypeError) as error:
-    raise ConfigError(f'config.{path}: {" ".join(str(error).split())}') from error
 
   def samples(state, count, start=0):
     """In batches of one size, so of one program; what is drawn beyond `count` is left out."""
@@ -79,6 +61,36 @@ def drawer(run, settings, path, drawing=None):
     return join(*parts), jax.tree.map(join, *asks)
 
   return samples
+
+
+def program(run, settings, path, drawing=None):
+  """(generate, arguments): the jitted function that draws a batch, and what it is called with.
+
+  Its arguments: parameters, what is frozen, the samples' numbers, what is asked of each; they are
+  shapes, or small arrays. See `drawer`. Raises ConfigError.
+  """
+  if settings['batch_size'] < 1:
+    raise ConfigError(f'config.{path}.batch_size={settings["batch_size"]} is less than 1')
+  like = _like(run.like, settings['ema'] or last(run.like))
+  drawing = drawing or run.task.sample(settings, path)
+  batch = sharding.batch(run.mesh)
+
+  @jax.jit
+  def generate(params, frozen, index, asked):
+    lay = lambda x: jax.lax.with_sharding_constraint(x, batch)
+    index, asked = lay(index), jax.tree.map(lay, asked)
+    return drawing.draw(params, frozen, samplers.sample_keys(settings['seed'], index), asked)
+
+  index = np.arange(sharding.whole(settings['batch_size'], run.mesh), dtype=np.int32)
+  arguments = like, run.like.frozen, index, drawing.ask(index)
+  try:  # what only a look at the whole can tell, before any of it is compiled
+    with run.layout():
+      jax.eval_shape(generate, *arguments)
+  except ConfigError:
+    raise
+  except (ValueError, TypeError) as error:
+    raise ConfigError(f'config.{path}: {" ".join(str(error).split())}') from error
+  return generate, arguments
 
 
 def frozen(run):

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffax import checkpoint
+from diffax import chips
 from diffax import config as configs
 from diffax import ema
 from diffax import evaluate
-from diffax import flops
 from diffax import hosts
 from diffax import log as logs
 from diffax import optim
@@ -139,7 +139,7 @@ def setup(config, devices=None):
 
 def _check_buckets(run):
   """Raises ConfigError for a bucket whose shape the network does not take."""
-  for shape in _shapes(run):
+  for shape in batch_shapes(run):
     try:
       with run.layout():
         _flops(run, shape)
@@ -237,30 +237,41 @@ def _prepared(prepare, state, batch, keys):
   return jax.tree.map(lambda x: layers.constrain(x, 'batch', *[None] * (x.ndim - 1)), batch)
 
 
-def compile_step(run):
-  """The donated step, compiled ahead of time for arrays laid out as `run.like`.
+def traced_steps(run, attention=''):
+  """{shape [b h w c] of a batch: the donated step, traced for arrays laid out as `run.like`}.
 
-  Of buckets there is a program for each, all made before the first step: one compiled in between
-  would keep all hosts waiting, which looks like a fault, and would find out late that memory does
-  not reach.
+  attention: a program of `models.attention` in place of the config's.
   """
   place = jax.tree.map(lambda x: x.sharding, run.like)
   task = run.task
   step = make_step(
     task.loss, run.tx, run.rate, run.config, task.prepare, task.update, updates.of(task))
-  with run.layout():
+  traced = {}
+  with sharding.using(run.mesh, attention or run.config['attention']):
     jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
-    programs = {}
-    for shape in _shapes(run):
+    for shape in batch_shapes(run):
       like = _batch_like(run, shape)
       batch = checkpoint.abstract(like, jax.tree.map(lambda _: sharding.batch(run.mesh), like))
-      programs[shape] = jitted.lower(run.like, batch).compile()
+      traced[shape] = jitted.trace(run.like, batch)
+  return traced
+
+
+def compile_step(run):
+  """The donated step, compiled ahead of time.
+
+  Of buckets there is a program for each, all made before the first step: one compiled in between
+  would keep all hosts waiting, which looks like a fault, and would find out late that memory does
+  not reach.
+  """
+  traced = traced_steps(run)
+  with run.layout():
+    programs = {shape: each.lower().compile() for shape, each in traced.items()}
   if len(programs) == 1:
     return next(iter(programs.values()))
   return lambda state, batch: programs[batch['image'].shape](state, batch)
 
 
-def _shapes(run):
+def batch_shapes(run):
   """{shape [b h w c] of a batch: what share of the batches has it}; one without buckets."""
   data, b, c = run.config['data'], run.config['batch_size'], run.source.shape[-1]
   if not data['buckets']:
@@ -441,7 +452,7 @@ def train(run, workdir, warm=None, profile=None, released=''):
   where = f'{run.mesh.size} devices' + (f' of {hosts.count()} hosts' if hosts.count() > 1 else '')
   log.progress.say(f'{size:.2f} M parameters on {where}, {how}')
   if config['data']['buckets']:
-    said = [f'{h} x {w} for {share:.0%}' for (_, h, w, _), share in _shapes(run).items()]
+    said = [f'{h} x {w} for {share:.0%}' for (_, h, w, _), share in batch_shapes(run).items()]
     log.progress.say(f'{len(said)} buckets: {", ".join(said)} of the records')
   trace = _Trace(workdir / 'profile', start, profile)
   out = _Out(log, checkpoints, averages, evals, hosts.Watch(config['watchdog']), trace)
@@ -468,7 +479,7 @@ def train(run, workdir, warm=None, profile=None, released=''):
 
 def model_flops(run):
   """FLOPs of a training step, of all its phases; of buckets the mean."""
-  return sum(share * _flops(run, shape) for shape, share in _shapes(run).items())
+  return sum(share * _flops(run, shape) for shape, share in batch_shapes(run).items())
 
 
 def _flops(run, shape):
@@ -480,7 +491,7 @@ def _flops(run, shape):
 
 def _peak(mesh):
   """FLOP/s of all devices of a mesh in bfloat16, None where it is not known."""
-  each = flops.peak(mesh.devices.flat[0].device_kind)
+  each = chips.peak(mesh.devices.flat[0].device_kind)
   return each and each * mesh.size
 
 

@@ -262,8 +262,8 @@ def test_training_takes_every_shape(folder):
   """A program a shape; a step made again from the state before it is the same; the mean of the
   losses is that of the examples one by one."""
   made = run(folder)
-  assert set(train._shapes(made)) == {(8, *shape, 3) for shape in SHAPES}
-  assert sum(train._shapes(made).values()) == pytest.approx(1.0)
+  assert set(train.batch_shapes(made)) == {(8, *shape, 3) for shape in SHAPES}
+  assert sum(train.batch_shapes(made).values()) == pytest.approx(1.0)
   state, step, batches = train.init(made), train.compile_step(made), train.batches(made, 0)
   shapes, before = set(), None
   for k in range(6):

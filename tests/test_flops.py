@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 import run_diffax
 
+from diffax import chips
 from diffax import flops
 from diffax import train
 
@@ -61,4 +62,4 @@ def test_of_a_training_step():
   ('TPU v6 lite', 918e12), ('TPU v4', 275e12), ('cpu', None), ('NVIDIA T4', None),
 ])
 def test_peaks(kind, wanted):
-  assert flops.peak(kind) == wanted
+  assert chips.peak(kind) == wanted

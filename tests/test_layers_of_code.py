@@ -16,10 +16,10 @@ LAYERS = {
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
-                'images', 'tiles', 'convert'),
+                'images', 'tiles', 'convert', 'chips', 'hlo'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'perceptual', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals',
-            'encode', 'export'),
+            'encode', 'export', 'plan'),
   'doors': ('main',),
 }
 LOWER = ('mathematics', 'models', 'data', 'machinery')

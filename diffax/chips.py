@@ -1,0 +1,254 @@
+"""What accelerators can do, by their makers' figures, and topologies of them that are not here.
+
+A topology is compiled for like the devices of this machine, with none of them at hand:
+
+  v5e:16x16     256 chips of a TPU v5e; v4:4x4x4, v5p:8x8x8, v6e:16x16 alike
+  2*v6e:16x16   two slices of them, which a slower network joins
+  h100:8        a host of 8 GPUs; h200:2x8: two hosts
+  cpu:8         virtual devices of this machine
+
+TPUs need libtpu (the extra `tpu`), GPUs the libraries of jax's CUDA plugin (the extra `cuda`).
+"""
+
+import contextlib
+import io
+import math
+import os
+import pathlib
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from diffax.build import ConfigError, near
+
+
+class Chip(NamedTuple):
+  """A chip's figures.
+
+  kinds: how its `device_kind` may begin. half, single: FLOP/s of dense products in bfloat16 and of
+  float32 arrays as jax multiplies them by default (TPUs by one pass of bfloat16, GPUs by TF32).
+  memory: bytes of HBM; usable: those a program may have; bandwidth: bytes/s of it. fast, slow:
+  bytes/s one way of a chip's share of the network within its island (ICI, NVLink) and beyond. None:
+  not known.
+  """
+
+  kinds: tuple
+  half: float
+  single: float | None = None
+  memory: float | None = None
+  usable: float | None = None
+  bandwidth: float | None = None
+  fast: float | None = None
+  slow: float | None = None
+
+
+GiB = 2**30
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (peak compute, HBM, its bandwidth, inter-chip
+# interconnect in Gbit/s over 8); `usable` is what libtpu 0.0.42 allows; `slow` is of
+# jax-ml.github.io/scaling-book/tpus. GPUs: data sheets of A100, H100 and H200 (SXM; NVLink one way,
+# TF32 without sparsity); `slow` a network card of 400 Gbit/s a GPU, as in DGX H100; A100: 200.
+CHIPS = {
+  'v4': Chip(('TPU v4',), 275e12, 275e12, 32 * GiB, 30.75 * GiB, 1228e9, 300e9, 6.25e9),
+  'v5e': Chip(('TPU v5 lite', 'TPU v5e'), 197e12, 197e12, 16 * GiB, 15.75 * GiB, 819e9, 200e9,
+              3.125e9),
+  'v5p': Chip(('TPU v5p', 'TPU v5'), 459e12, 459e12, 95.74 * GiB, 95.74 * GiB, 2765e9, 600e9,
+              6.25e9),
+  'v6e': Chip(('TPU v6 lite', 'TPU v6e'), 918e12, 918e12, 32 * GiB, 31.25 * GiB, 1640e9, 448e9,
+              12.5e9),
+  'h100': Chip(('NVIDIA H100',), 989e12, 494e12, 80e9, None, 3.35e12, 450e9, 50e9),
+  'h200': Chip(('NVIDIA H200', 'NVIDIA GH200'), 989e12, 494e12, 141e9, None, 4.8e12, 450e9, 50e9),
+  'a100': Chip(('NVIDIA A100',), 312e12, 156e12, 80e9, None, 2.04e12, 300e9, 25e9),
+}
+OTHERS = (  # whose FLOP/s alone are used
+  Chip(('TPU v2',), 45e12), Chip(('TPU v3',), 123e12), Chip(('TPU7x',), 2307e12),
+  Chip(('NVIDIA V100',), 125e12), Chip(('NVIDIA A10',), 125e12), Chip(('NVIDIA L4',), 121e12),
+  Chip(('NVIDIA L40S',), 362e12), Chip(('NVIDIA H100 PCIe',), 756e12),
+  Chip(('NVIDIA B200',), 2250e12), Chip(('NVIDIA GB200',), 2500e12),
+)
+PRECOMPILED = {'h100': '9', 'h200': '9'}  # GPUs that are described here: compute capability
+
+
+class Topology(NamedTuple):
+  """Devices to compile for, and the figures of one."""
+
+  name: str
+  chip: Chip
+  devices: tuple
+
+  def islands(self, mesh):
+    """Which fast network each device of a mesh is on: int [devices], in the mesh's order."""
+    return np.array([island(device) for device in mesh.devices.flat])
+
+
+def island(device):
+  """Which fast network a device is on: a TPU's slice; of GPUs the host, for NVLink joins those."""
+  if device.platform == 'tpu':
+    return getattr(device, 'slice_index', None) or 0
+  return device.process_index
+
+
+def peak(kind):
+  """FLOP/s of a device in bfloat16 by its `device_kind`, None where it is not known."""
+  chip = by_kind(kind)
+  return chip and chip.half
+
+
+def by_kind(kind):
+  """The chip of a `device_kind`, None where it is not known; the longest name that fits."""
+  fits = [(len(k), chip) for chip in (*CHIPS.values(), *OTHERS) for k in chip.kinds
+          if kind.startswith(k)]
+  return max(fits, key=lambda fit: fit[0])[1] if fits else None
+
+
+# --- topologies -----------------------------------------------------------------------------------
+
+_FORM = re.compile(r'(?:(\d+)\*)?([a-z]+\d*[a-z]*):(\d+(?:x\d+)*)')
+
+
+def topology(text):
+  """A `Topology` by its name, as above. Raises ConfigError.
+
+  No accelerator is needed nor touched.
+  """
+  found = _FORM.fullmatch(text)
+  if not found:
+    raise ConfigError(
+      f'--topology={text!r}: write CHIP:SIZES, as v5e:16x16, 2*v6e:16x16, h200:2x8 or cpu:8')
+  slices, name, sizes = int(found[1] or 1), found[2], tuple(map(int, found[3].split('x')))
+  known = {'cpu': _cpus} | dict.fromkeys(PRECOMPILED, _gpus)
+  known |= {n: _tpus for n in CHIPS if n.startswith('v')}
+  if name not in known:
+    raise ConfigError(f'--topology={text!r}: {near(name, known)}')
+  if min(slices, *sizes) < 1:
+    raise ConfigError(f'--topology={text!r}: sizes are 1 and more')
+  chip, devices = known[name](text, name, slices, sizes)
+  return Topology(text, chip, tuple(devices))
+
+
+def _tpus(text, name, slices, sizes):
+  from jax.experimental import topologies
+
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu looks for the machine it is on
+  try:
+    import libtpu
+  except ImportError as error:
+    raise ConfigError(
+      f'--topology={text}: compiling for TPUs needs libtpu: pip install "diffax[tpu]"') from error
+  os.environ.setdefault(
+    'TPU_LIBRARY_PATH', str(pathlib.Path(libtpu.__file__).parent / 'libtpu.so'))
+  options = dict(num_slices=slices) if slices > 1 else {}
+  try:
+    made = topologies.get_topology_desc(f'{name}:{"x".join(map(str, sizes))}', 'tpu', **options)
+  except Exception as error:  # of several kinds, all of libtpu
+    raise ConfigError(
+      f'--topology={text}: libtpu has no such slice ({" ".join(str(error).split())[:200]}); v4 and '
+      'v5p have three sizes, as 4x4x8, v5e and v6e two, as 8x16') from error
+  return CHIPS[name], made.devices
+
+
+HOPPER = '''
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory:.0f}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "sm_90"
+'''
+
+
+def _gpus(text, name, slices, sizes):
+  """Through private interfaces of jax, for there are no others: expect them to move."""
+  from jax._src import xla_bridge
+  from jax.experimental import topologies
+
+  hosts, each = (sizes if len(sizes) == 2 else (1, *sizes))[:2]
+  if len(sizes) > 2 or slices > 1:
+    raise ConfigError(f'--topology={text}: GPUs are {name}:GPUS or {name}:HOSTSxGPUS')
+  plugin = _cuda_plugin(text)
+  if 'cuda' not in xla_bridge._backend_factories:  # its own start needs a driver; the library not
+    try:
+      with contextlib.redirect_stderr(io.StringIO()):
+        xla_bridge.register_plugin('cuda', library_path=str(plugin._get_library_path()))
+    except jax.errors.JaxRuntimeError as error:  # loaded already
+      if 'ALREADY_EXISTS' not in str(error):
+        raise
+  chip = CHIPS[name]
+  config = HOPPER.format(bandwidth=chip.bandwidth, memory=chip.memory)
+  made = topologies.get_topology_desc(
+    platform='cuda', topology_name=name, topology=f'1x{hosts}x{each}', target_config=config)
+  return chip._replace(usable=chip.memory * _preallocated()), made.devices
+
+
+def _cuda_plugin(text):
+  for version in (13, 12):
+    with contextlib.suppress(ImportError):
+      return __import__(f'jax_plugins.xla_cuda{version}', fromlist=['xla_cuda'])
+  raise ConfigError(
+    f'--topology={text}: compiling for GPUs needs the libraries of jax\'s CUDA plugin: pip install '
+    '"diffax[cuda]"; no GPU nor driver is needed')
+
+
+def _preallocated():
+  """The share of a GPU's memory that jax takes for its arrays."""
+  return float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75))
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+def _cpus(text, name, slices, sizes):
+  from jax._src import xla_bridge
+
+  count = math.prod(sizes)
+  if slices > 1 or len(sizes) > 1:
+    raise ConfigError(f'--topology={text}: virtual devices of this machine are cpu:N')
+  if not xla_bridge.backends_are_initialized() and 'device_count' not in os.environ.get(
+      'XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', count)
+  devices = jax.devices('cpu')
+  if len(devices) < count:
+    raise ConfigError(
+      f'--topology={text}: jax was started with {len(devices)} CPU devices; set XLA_FLAGS='
+      f'--xla_force_host_platform_device_count={count}')
+  rate, bandwidth = measured()
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / count
+  share = Chip(
+    ('cpu',), rate / count, rate / count, memory, memory, bandwidth / count, bandwidth / count)
+  return share, devices[:count]
+
+
+def measured(size=1024, seconds=0.2):
+  """(FLOP/s of float32 products, bytes/s of copies) of this machine, the best of a few."""
+  a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+  b, large = a.copy(), np.zeros(2**24, np.float32)
+  to = np.empty_like(large)
+
+  def best(work):
+    least, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or least == math.inf:
+      began = time.perf_counter()
+      work()
+      least = min(least, time.perf_counter() - began)
+    return least
+
+  return 2 * size**3 / best(lambda: a @ b), 2 * large.nbytes / best(lambda: np.copyto(to, large))

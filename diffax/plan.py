@@ -1,0 +1,298 @@
+"""What a run will need and how fast it can be, before there is a chip to run it on.
+
+The program that would run is compiled ahead of time for a topology (`chips.topology`), and read:
+
+  memory     the compiler's own account of a chip, against what the chip has
+  compute    FLOPs of the traced program, loops as often as they run, recomputation and all
+  network    the collectives of the compiled program, in bytes a chip sends (`hlo.collectives`)
+  bandwidth  what its kernels move through main memory (`hlo.traffic`)
+
+Roofline (Williams et al. 2009): the step takes at least the longest of what compute, memory and
+network take by themselves, each at the maker's figure. A real step takes longer: products reach 50
+to 80 % of the figure, and not all of the network's time is hidden behind them.
+"""
+
+import json
+import math
+import time
+from typing import NamedTuple
+
+import jax
+
+from diffax import chips
+from diffax import config as configs
+from diffax import flops
+from diffax import hlo
+from diffax import sample
+from diffax import sharding
+from diffax import train
+from diffax.build import ConfigError, near
+
+WHAT = ('train', 'sample')
+SHARES = (2, 4, 8)  # into how many parts a search splits tokens, heads and batches
+POLICIES = ('none', 'dots_saveable', 'nothing_saveable')
+
+
+class Program(NamedTuple):
+  """traced: for its FLOPs, with attention as plain products. lowered: a function -> the program,
+  lowered for the mesh. images: of a call. model: FLOPs of the model alone."""
+
+  traced: jax.stages.Traced
+  lowered: object
+  images: int
+  model: float
+
+
+def plan(config, topology, what='train'):
+  """What the config's step comes to on a `chips.Topology`: a dict of plain data, see `report`.
+
+  what: 'train', or 'sample': a batch of `config.sample`. Of buckets, the one that needs the most.
+  Raises ConfigError where it cannot be built, or the compiler has no place for it.
+  """
+  if what not in WHAT:
+    raise ConfigError(f'--plan.what={what!r}: {near(what, WHAT)}')
+  run = train.setup(config, list(topology.devices))
+  programs = _training(run) if what == 'train' else _sampling(run)
+  found = [_planned(run, program, topology) for program in programs]
+  worst = max(found, key=lambda each: each['hbm_bytes_per_chip']['peak'] or math.inf)
+  about = dict(
+    topology=topology.name, chips=len(topology.devices), what=what,
+    islands=len(set(topology.islands(run.mesh))), settings=_settings(run.config),
+    parameters=sum(x.size for x in jax.tree.leaves(run.like.params)), jax=jax.__version__,
+  )
+  return about | worst
+
+
+def _training(run):
+  plain, traced = train.traced_steps(run, 'xla'), train.traced_steps(run)
+  model = train.model_flops(run)
+  return [Program(plain[s], traced[s].lower, run.config['batch_size'], model) for s in traced]
+
+
+def _sampling(run):
+  generate, arguments = sample.program(run, run.config['sample'], 'sample')
+  with sharding.using(run.mesh, 'xla'):
+    plain, _ = sample.program(run, run.config['sample'], 'sample')
+    traced = plain.trace(*arguments)
+  count = len(arguments[2])
+  model = sum(flops.of(traced.jaxpr).values())
+  return [Program(traced, lambda: generate.lower(*arguments), count, model)]
+
+
+def _planned(run, program, topology):
+  began = time.perf_counter()
+  try:
+    with run.layout():
+      compiled = program.lowered().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return _without(run, program, topology, str(error), time.perf_counter() - began)
+  seconds = time.perf_counter() - began
+  text = hlo.parse(compiled.as_text())
+  sent = hlo.collectives(text, topology.islands(run.mesh))
+  memory = compiled.memory_analysis()
+  size = lambda name: int(getattr(memory, f'{name}_size_in_bytes'))
+  peak = sum(map(size, ('argument', 'output', 'temp', 'generated_code'))) - size('alias')
+  return _bounded(
+    run, program, topology, dict(state=_state(run), temp=size('temp'), peak=peak),
+    by_kind(sent), hlo.traffic(text)) | dict(compile_seconds=seconds)
+
+
+def _without(run, program, topology, said, seconds):
+  """What is known of a program that the compiler refused, for it is larger than the chip."""
+  found = _bounded(run, program, topology, dict(state=_state(run), temp=None, peak=None), {}, None)
+  return found | dict(compile_seconds=seconds, refused=' '.join(said.split())[:500])
+
+
+def by_kind(sent):
+  """{kind: {count, near_bytes, far_bytes}} of collectives, a step."""
+  kinds = {}
+  for each in sent:
+    row = kinds.setdefault(each.kind, dict(count=0, near_bytes=0, far_bytes=0))
+    row['count'] += each.times
+    row['near_bytes'] += round(each.times * each.near)
+    row['far_bytes'] += round(each.times * each.far)
+  return kinds
+
+
+def _state(run):
+  """Bytes a chip of what lies there from step to step; what lies on the host is not counted."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype) for x in jax.tree.leaves(run.like)
+    if x.sharding.memory_kind != 'pinned_host')
+
+
+def _width(dtype):
+  return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def _bounded(run, program, topology, memory, kinds, traffic):
+  """The figures of a program, and the bound on its speed."""
+  chip, count = topology.chip, len(topology.devices)
+  each = {dtype: n / count for dtype, n in flops.of(program.traced.jaxpr).items()}
+  sent = {k: sum(row[f'{k}_bytes'] for row in kinds.values()) for k in ('near', 'far')}
+  wide = lambda dtype: dtype in ('float32', 'float64')
+  seconds = dict(
+    compute=sum(n / (chip.single if wide(dtype) else chip.half) for dtype, n in each.items()),
+    memory=(traffic or 0) / chip.bandwidth,
+    network=max(sent['near'] / (chip.fast or math.inf), sent['far'] / (chip.slow or math.inf)),
+  )
+  bound = max(seconds, key=seconds.get)
+  least, limit = seconds[bound], chip.usable or chip.memory
+  half = chip.single if all(map(wide, each)) else chip.half
+  return dict(
+    flops_per_chip=sum(each.values()),
+    model_flops_per_chip=program.model / count,
+    hbm_bytes_per_chip=memory | dict(limit=int(limit)),
+    traffic_bytes_per_chip=traffic,
+    collectives=kinds,
+    seconds=seconds,
+    roofline_seconds=least,
+    bound=bound,
+    images_per_second=program.images / least,
+    mfu_bound=program.model / count / least / half,
+    fits=memory['peak'] is not None and memory['peak'] <= limit,
+  )
+
+
+# --- trying others --------------------------------------------------------------------------------
+
+
+def search(config, topology, what='train', say=lambda *_: None):
+  """[plan] of the config and of others beside it, the best first: what fits, by images/s.
+
+  Tried are meshes, with the best of them the policies of `remat`, and where nothing fits
+  microbatches; nothing that changes what is computed. say: is told each as it is tried.
+  """
+  found, tried = [], set()
+
+  def attempt(changed):
+    key = json.dumps(_settings(changed), sort_keys=True)
+    if key in tried:
+      return
+    tried.add(key)
+    try:
+      found.append(plan(changed, topology, what))
+    except ConfigError as error:  # sizes that do not divide
+      say(f'{flags(_settings(changed))}: {error}')
+    else:
+      say(summary(found[-1]))
+
+  attempt(config)
+  for mesh in meshes(len(topology.devices), len({*map(chips.island, topology.devices)})):
+    attempt(configs.override(config, flags(dict(mesh=mesh)).split()))
+  if not found:
+    raise ConfigError(f'--plan.search: no mesh of {topology.name} takes this config')
+  for policy in POLICIES if what == 'train' and 'remat' in config['model'] else ():
+    attempt(_with(config, best(found), {'model.remat': policy}))
+  for parts in SHARES if what == 'train' and not best(found)['fits'] else ():
+    attempt(_with(config, best(found), {'accumulate': parts * config['accumulate']}))
+  return sorted(found, key=_rank, reverse=True)
+
+
+def meshes(devices, islands):
+  """Meshes worth a trial, {axis: parts}: each axis by itself, and with few parts beside fsdp."""
+  found = [dict(data=1, fsdp=devices), dict(data=devices, fsdp=1)]
+  found += [dict(data=islands, fsdp=devices // islands)] if islands > 1 else []
+  found += [dict(data=devices // 8, fsdp=8)] if devices > 8 else []
+  for axis in ('tensor', 'sequence'):
+    found += [{'data': 1, 'fsdp': devices // n, axis: n} for n in SHARES if devices % n == 0]
+  return [{a: m.get(a, 1) for a in ('data', 'fsdp', 'sequence', 'tensor')} for m in found]
+
+
+def _with(config, chosen, changed):
+  return configs.override(config, flags(chosen['settings'] | changed).split())
+
+
+def best(found):
+  return max(found, key=_rank)
+
+
+def _rank(plan):
+  memory = plan['hbm_bytes_per_chip']
+  over = 0 if plan['fits'] else (memory['peak'] or math.inf) / memory['limit']
+  return plan['fits'], -over, plan['images_per_second']
+
+
+def _settings(config):
+  """What a plan depends on beside the recipe, by its place in the config."""
+  remat = config['model'].get('remat')
+  return dict(mesh=config['mesh'], accumulate=config['accumulate']) | (
+    {'model.remat': remat} if remat else {})
+
+
+def flags(settings):
+  """The settings as they are said on a command line."""
+  flat = {f'mesh.{axis}': n for axis, n in settings.get('mesh', {}).items()}
+  flat |= {k: v for k, v in settings.items() if k != 'mesh'}
+  return ' '.join(f'--config.{k}={v}' for k, v in flat.items())
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+
+def summary(plan):
+  """A plan in a line."""
+  memory = plan['hbm_bytes_per_chip']
+  peak = 'refused' if memory['peak'] is None else scaled(memory['peak'], 'B')
+  fits = 'fits' if plan['fits'] else 'does not fit'
+  return (f'{flags(plan["settings"])}: {fits} ({peak} of {scaled(memory["limit"], "B")}), at most '
+          f'{plan["images_per_second"]:.4g} images/s, bound by {plan["bound"]}')
+
+
+def report(plan):
+  """A plan as a table to print."""
+  memory, seconds = plan['hbm_bytes_per_chip'], plan['seconds']
+  islands = f', in {plan["islands"]} islands of a fast network' if plan['islands'] > 1 else ''
+  rows = [
+    ('program', f'{plan["what"]} on {plan["chips"]} chips ({plan["topology"]}){islands}'),
+    ('settings', flags(plan['settings'])),
+    ('parameters', scaled(plan['parameters'])),
+    ('state a chip', scaled(memory['state'], 'B')),
+    ('activations a chip', scaled(memory['temp'], 'B')),
+    ('peak a chip', f'{scaled(memory["peak"], "B")} of {scaled(memory["limit"], "B")}: '
+                    f'{"fits" if plan["fits"] else "DOES NOT FIT"}'),
+    ('FLOPs a chip', f'{scaled(plan["flops_per_chip"])}, of the model '
+                     f'{scaled(plan["model_flops_per_chip"])}'),
+    ('memory traffic a chip', scaled(plan['traffic_bytes_per_chip'], 'B')),
+  ]
+  fast, slow = networks(plan['topology'])
+  for kind, row in sorted(plan['collectives'].items()):
+    far = f', {scaled(row["far_bytes"], "B")} over {slow}' if row['far_bytes'] else ''
+    said = f'{row["count"]:,} times, {scaled(row["near_bytes"], "B")} over {fast}{far}'
+    rows.append((kind, said))
+  rows += [(f'{name} alone', f'{n * 1e3:,.3f} ms') for name, n in seconds.items()]
+  rows += [
+    ('step at least', f'{plan["roofline_seconds"] * 1e3:,.3f} ms, bound by {plan["bound"]}'),
+    ('images/s at most', f'{plan["images_per_second"]:,.1f}'),
+    ('MFU at most', f'{plan["mfu_bound"]:.1%}'),
+    ('compiled in', f'{plan["compile_seconds"]:.1f} s'),
+  ]
+  if 'refused' in plan:
+    rows.append(('the compiler', plan['refused']))
+  wide = max(len(name) for name, _ in rows)
+  return '\n'.join(f'{name:<{wide}}  {said}' for name, said in rows)
+
+
+def scaled(n, unit=''):
+  """A number in three digits with its prefix: 12300000 B is '12.3 MB'."""
+  if n is None:
+    return '-'
+  power = min(max(int(math.log10(n) // 3), 0), 6) if n else 0
+  return f'{n / 1000**power:.3g} {" kMGTPE"[power].strip()}{unit}'.rstrip()
+
+
+def networks(topology):
+  """What the fast and the slow network of a topology are called."""
+  if topology.startswith('cpu'):
+    return 'memory', 'memory'
+  return ('NVLink', 'the network') if topology[0] in 'ha' else ('ICI', 'DCN')
+
+
+def advice(found):
+  """What a search has found, the best first: a line each, and what to say on the command line."""
+  chosen = found[0]
+  lines = [f'{i + 1:>3}  {summary(each)}' for i, each in enumerate(found)]
+  end = 'the best' if chosen['fits'] else 'none fits; the nearest, more chips or a smaller batch'
+  return '\n'.join([*lines, '', f'{end}: {flags(chosen["settings"])}'])

@@ -1,0 +1,248 @@
+"""Plans against what is known on paper, against the program that runs, and their refusals."""
+
+import importlib.util
+import json
+import math
+from unittest import mock
+
+import jax
+import pytest
+import run_diffax
+
+from diffax import chips
+from diffax import plan
+from diffax import train
+from diffax.build import ConfigError
+from diffax.models import layers
+
+needs_libtpu = pytest.mark.skipif(
+  not importlib.util.find_spec('libtpu'), reason='needs libtpu: pip install "diffax[tpu]"')
+needs_cuda = pytest.mark.skipif(
+  not any(importlib.util.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)),
+  reason='needs the libraries of the CUDA plugin: pip install "diffax[cuda]"')
+
+
+@pytest.fixture(scope='module')
+def cpus():
+  return chips.topology('cpu:8')
+
+
+def made(topology, *overrides, what='train'):
+  return plan.plan(run_diffax.config(*overrides), topology, what)
+
+
+SHARDED = ('mesh.data=2', 'mesh.fsdp=4', 'model.width=128')
+
+
+@pytest.fixture(scope='module')
+def sharded(cpus):
+  return made(cpus, *SHARDED)
+
+
+def test_keys(sharded, cpus):
+  """What scripts rely on, as plain data."""
+  found = json.loads(json.dumps(sharded))
+  assert {'flops_per_chip', 'hbm_bytes_per_chip', 'collectives', 'roofline_seconds', 'bound',
+          'images_per_second', 'fits'} <= set(found)
+  assert set(found['hbm_bytes_per_chip']) == {'state', 'temp', 'peak', 'limit'}
+  assert found['bound'] == max(found['seconds'], key=found['seconds'].get)
+  assert found['roofline_seconds'] == found['seconds'][found['bound']]
+  assert found['images_per_second'] == pytest.approx(32 / found['roofline_seconds'])
+  assert found['fits'] and found['chips'] == 8
+  text = plan.report(found)
+  assert 'all-gather' in text and 'fits' in text and '--config.mesh.fsdp=4' in text
+
+
+def test_memory(sharded):
+  """The state is what lies on a device once it is made; the peak holds it and what is computed."""
+  run = run_diffax.setup(*SHARDED, count=8)
+  state = train.init(run)
+  held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+  memory = sharded['hbm_bytes_per_chip']
+  assert memory['state'] == held
+  assert memory['peak'] >= held + memory['temp']
+  whole = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert held < 0.3 * whole  # split over four, but for what is small
+
+
+def test_scanned_and_unrolled(cpus):
+  """The same figures whether blocks stand in a loop or are written out."""
+  scanned = made(cpus, *SHARDED, 'model.depth=3')
+  with mock.patch.object(layers, 'unroll_blocks', lambda length: length):
+    unrolled = made(cpus, *SHARDED, 'model.depth=3')
+  assert unrolled['flops_per_chip'] == scanned['flops_per_chip']
+  one, other = scanned['collectives'], unrolled['collectives']
+  sent = lambda kinds: sum(row['near_bytes'] for row in kinds.values())
+  assert sent(one) == pytest.approx(sent(other), rel=0.03)  # XLA joins some of what is written out
+  shallow = made(cpus, *SHARDED, 'model.depth=1')
+  assert sent(one) > 2 * sent(shallow['collectives'])  # each block has its own
+
+
+def test_flops(cpus):
+  """Of the model three passes forward; of the program what is computed again, too."""
+  run = run_diffax.setup(count=8)
+  found = made(cpus)
+  assert found['model_flops_per_chip'] == train.model_flops(run) / 8
+  kept = made(cpus, 'model.remat=none')
+  again = made(cpus, 'model.remat=nothing_saveable')
+  assert kept['flops_per_chip'] == pytest.approx(kept['model_flops_per_chip'], rel=0.02)
+  assert 1.2 < again['flops_per_chip'] / kept['flops_per_chip'] < 4 / 3
+  assert found['flops_per_chip'] < again['flops_per_chip']
+
+
+def test_gradients_on_paper(cpus):
+  """Data parallel: the gradients' sum alone; each device sends 7/8 of them twice."""
+  found = made(cpus, 'mesh.data=8')
+  size = 4 * found['parameters']
+  sent = sum(row['near_bytes'] for row in found['collectives'].values())
+  assert sent == pytest.approx(2 * 7 / 8 * size, rel=0.05)
+  assert set(found['collectives']) <= {'all-reduce', 'all-gather'}
+
+
+def test_sampling(cpus):
+  """Twice the steps have twice the FLOPs, and guidance twice as many again."""
+  each = lambda *overrides: made(
+    cpus, 'sample.sampler.name=ddim', *overrides, what='sample')
+  four = each('sample.sampler.steps=4')
+  eight = each('sample.sampler.steps=8')
+  guided = each('sample.sampler.steps=4', 'sample.guidance=2')
+  assert eight['flops_per_chip'] == pytest.approx(2 * four['flops_per_chip'], rel=1e-3)
+  assert guided['flops_per_chip'] == pytest.approx(2 * four['flops_per_chip'], rel=1e-3)
+  assert four['images_per_second'] == pytest.approx(8 / four['roofline_seconds'])
+
+
+def small(topology, memory):
+  return topology._replace(chip=topology.chip._replace(memory=memory, usable=memory))
+
+
+def test_search(cpus):
+  """Where it does not fit, what does is found, ranked, and said as one would say it."""
+  whole = made(cpus, 'mesh.data=8', 'model.width=128')['hbm_bytes_per_chip']['peak']
+  tight, said = small(cpus, int(0.75 * whole)), []
+  config = run_diffax.config('mesh.data=8', 'model.width=128')
+  with mock.patch.object(plan, 'meshes', lambda *_: [dict(data=1, fsdp=8)]):
+    with mock.patch.object(plan, 'POLICIES', ('nothing_saveable',)):
+      found = plan.search(config, tight, say=said.append)
+  assert len(said) == len(found) >= 3
+  assert found[0]['fits'] and not found[-1]['fits']
+  assert found[0]['settings']['mesh']['fsdp'] == 8
+  fits = [each['images_per_second'] for each in found if each['fits']]
+  assert fits == sorted(fits, reverse=True)
+  text = plan.advice(found)
+  assert text.splitlines()[-1] == f'the best: {plan.flags(found[0]["settings"])}'
+  assert len({plan.flags(each['settings']) for each in found}) == len(found)
+
+
+def test_search_for_less(cpus):
+  """Where no mesh fits, microbatches are tried; where none of it does, it says so."""
+  tiny = small(cpus, 1000)
+  with mock.patch.object(plan, 'meshes', lambda *_: []):
+    with mock.patch.object(plan, 'POLICIES', ()), mock.patch.object(plan, 'SHARES', (2,)):
+      found = plan.search(run_diffax.config(), tiny)
+  assert {each['settings']['accumulate'] for each in found} == {1, 2}
+  assert not any(each['fits'] for each in found)
+  assert 'none fits' in plan.advice(found)
+
+
+def test_meshes():
+  """All of them multiply to the devices, islands are split by data alone, none comes twice."""
+  for devices, islands in ((8, 1), (64, 2), (256, 1)):
+    found = plan.meshes(devices, islands)
+    assert all(math.prod(mesh.values()) == devices for mesh in found)
+    assert len(set(map(str, found))) == len(found)
+  assert dict(data=2, fsdp=32, sequence=1, tensor=1) in plan.meshes(64, 2)
+
+
+def test_refused_by_the_compiler(cpus):
+  """A program larger than the chip is a plan that does not fit, not a crash."""
+  error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm')
+  with mock.patch.object(jax.stages.Lowered, 'compile', side_effect=error):
+    found = made(cpus)
+  assert not found['fits'] and 'RESOURCE_EXHAUSTED' in found['refused']
+  assert found['flops_per_chip'] and found['bound'] == 'compute'
+  assert 'DOES NOT FIT' in plan.report(found)
+
+
+@pytest.mark.parametrize('topology, words', [
+  ('v5e', 'CHIP:SIZES'), ('v5e:', 'CHIP:SIZES'), ('v5x:4x4', 'v5'), ('h300:8', 'h200'),
+  ('cpu:0', '1 and more'), ('cpu:2x2', 'cpu:N'), ('2*cpu:4', 'cpu:N'), ('cpu:4096', 'XLA_FLAGS'),
+  ('h100:2x2x2', 'HOSTSxGPUS'), ('v5e:4x4; rm -rf', 'CHIP:SIZES'),
+])
+def test_bad_topologies(topology, words):
+  with pytest.raises(ConfigError, match='topology') as error:
+    chips.topology(topology)
+  assert words in str(error.value)
+
+
+def test_door(tmp_path, capsys):
+  """The command prints the table and writes plan.json; nothing else is made, no device asked."""
+  config = f'{run_diffax.SMOKE}'
+  run_diffax.door('--config', config, '--workdir', tmp_path / 'a', '--mode', 'plan', '--topology',
+                  'cpu:8', '--config.mesh.data=8')
+  printed = capsys.readouterr().out
+  found = json.loads((tmp_path / 'a' / 'plan.json').read_text())
+  assert 'images/s at most' in printed and found['topology'] == 'cpu:8'
+  assert not (tmp_path / 'a' / 'config.json').exists()
+  for words, arguments in (
+    ('--topology', ('--mode', 'plan')), ('--topology', ('--mode', 'train', '--topology', 'cpu:8')),
+    ('allowed: sample, train', ('--mode', 'plan', '--topology', 'cpu:8', '--plan.what=fly')),
+  ):
+    with pytest.raises(SystemExit):
+      run_diffax.door('--config', config, '--workdir', tmp_path / 'b', *arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_figures():
+  """Each chip is found by what jax calls it, the longest name first."""
+  assert chips.by_kind('TPU v5 lite') is chips.CHIPS['v5e']
+  assert chips.by_kind('TPU v5p') is chips.CHIPS['v5p']
+  assert chips.by_kind('NVIDIA H100 PCIe').half == 756e12
+  assert chips.by_kind('abacus') is None and chips.peak('abacus') is None
+  for chip in chips.CHIPS.values():
+    assert chip.usable is None or chip.usable <= chip.memory
+    assert chip.slow < chip.fast < chip.bandwidth < chip.half
+
+
+# --- with the compilers of others -----------------------------------------------------------------
+
+TINY = ('model.dtype=bfloat16', 'mesh.data=1', 'model.heads=2', 'model.width=128')
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_tpus():
+  found = made(chips.topology('v5e:2x2'), *TINY, 'mesh.fsdp=4')
+  assert found['fits'] and found['hbm_bytes_per_chip']['limit'] == 15.75 * 2**30
+  assert {'all-gather', 'reduce-scatter', 'all-reduce'} & set(found['collectives'])
+  assert not any(row['far_bytes'] for row in found['collectives'].values())
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices():
+  """Between slices the gradients alone are sent, a quarter of them by each of four chips."""
+  found = made(chips.topology('2*v5e:2x2'), *TINY, 'mesh.data=2', 'mesh.fsdp=4')
+  assert found['islands'] == 2 and found['chips'] == 8
+  far = sum(row['far_bytes'] for row in found['collectives'].values())
+  assert 0 < far <= 4 * found['parameters']
+
+
+@needs_libtpu
+def test_no_such_slice():
+  with pytest.raises(ConfigError, match='libtpu has no such slice'):
+    chips.topology('v5e:3x5')
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_gpus(monkeypatch):
+  """Attention by cuDNN, blocks written out, NVLink within a host and the network between two."""
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.9')
+  topology = chips.topology('h200:2x2')
+  found = made(topology, *TINY, 'mesh.data=2', 'mesh.fsdp=2')
+  assert found['hbm_bytes_per_chip']['limit'] == int(0.9 * 141e9)
+  assert found['islands'] == 2
+  assert any(row['far_bytes'] for row in found['collectives'].values())
+  run = train.setup(run_diffax.config(*TINY, 'mesh.data=2', 'mesh.fsdp=2'), list(topology.devices))
+  text = train.compile_step(run).as_text()
+  assert 'fmha' in text and ' while(' not in text
