@@ -23,6 +23,9 @@ writes plan.json; --plan.what=sample plans sampling, --plan.search tries other m
 Where the environment tells of several hosts (`diffax.hosts.start`), each is started with the same
 command. `--profile.start=100 --profile.steps=5` traces training steps for TensorBoard or Perfetto.
 
+A run that a signal stops ends with status 0, or $DIFFAX_STOP_STATUS where that is set: a launcher
+that starts anew what failed, and takes 0 for done, sets it.
+
 Any value of the config, and any parameter of a function it names, is set by --config.PATH=VALUE.
 Where a workdir has a config already, --config may be left out.
 """
@@ -237,13 +240,32 @@ def environment():
   }
 
 
+def _stop_status():
+  """The exit status of a run that a signal stopped. Raises ConfigError."""
+  said = os.environ.get('DIFFAX_STOP_STATUS', '0')
+  if not said.isascii() or not said.isdigit() or int(said) > 255:
+    raise ConfigError(f'DIFFAX_STOP_STATUS={said!r}: an exit status, 0 to 255')
+  return int(said)
+
+
+def _done(run, workdir, step, evals):
+  """Whether a run that ended at `step` has nothing left to do; evals: {name: `Evaluation`}."""
+  from diffax import evaluate, log
+
+  rows = log.read_metrics(workdir / 'evals.jsonl')
+  done = {row['eval'] for row in rows if row['step'] == step}
+  due = {name for name in evaluate.due(run.config, step) if name in evals}
+  return step == run.config['steps'] and due <= done
+
+
 def _train(config, workdir, warm, profile, released):
   from diffax import checkpoint, train
   from diffax.convert import pipelines
 
+  stop_status = _stop_status()
   source = epath.Path(warm) if warm else None
   run = _setup(config, workdir)
-  train.evaluations(run)  # whose mistakes, like any, are told before anything is written
+  evals = train.evaluations(run)  # whose mistakes, like any, are told before anything is written
   if source and not checkpoint.present(workdir / 'checkpoints'):
     checkpoint.weights_like(source / 'checkpoints', run.like)
   if released and not checkpoint.present(workdir / 'checkpoints'):
@@ -264,7 +286,9 @@ def _train(config, workdir, warm, profile, released):
       f'--workdir={workdir} is not the same folder on all hosts: what the first writes there, '
       'another does not find; put it on a disk or bucket that they share'
     )
-  train.train(run, workdir, source, profile, released)
+  state = train.train(run, workdir, source, profile, released)
+  if stop_status and not hosts.tell(_done(run, workdir, int(state.step), evals)):
+    sys.exit(stop_status)
 
 
 def _plan(values, overrides):

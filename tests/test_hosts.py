@@ -12,6 +12,7 @@ import pytest
 import run_diffax
 
 from diffax import hosts
+from diffax import main
 from diffax.build import ConfigError
 
 
@@ -78,6 +79,10 @@ def test_start(monkeypatch):
   hosts.start({})
   with pytest.raises(hosts.Apart, match='did not find each other .Timed out: 1 of 4.*a:1'):
     hosts.start(THREE)
+  monkeypatch.setattr(hosts, 'settings', lambda env: GIVEN)
+  with pytest.raises(SystemExit) as ended:  # trouble, after which a launcher tries again
+    main.main(['diffax', '--workdir=unused'])
+  assert ended.value.code == 1
 
 
 # --- the watchdog ---------------------------------------------------------------------------------

@@ -372,3 +372,38 @@ def test_not_finite(tmp_path, capfd):
   run_diffax.door(*hint[3:])
   shown = capfd.readouterr().out.splitlines()[-32:]
   assert {int(line.split()[0]) for line in shown if line.split()[1] == 'nan'} == set(rows)
+
+
+@pytest.mark.parametrize('step, rows, asked, status', [
+  (12, [('grid', 12)], '75', None),
+  (12, [('grid', 12)], None, None),
+  (7, [('grid', 5)], None, None),
+  (7, [('grid', 5)], '75', 75),
+  (12, [('grid', 5)], '75', 75),  # a signal came during the last evaluation
+  (12, [], '75', 75),
+])
+def test_stop_status(step, rows, asked, status, tmp_path, monkeypatch):
+  """A run that is not done says so by its exit status, where the environment asks for one."""
+  def stand_in(run, workdir, *others):
+    text = ''.join(json.dumps(dict(step=at, eval=name)) + '\n' for name, at in rows)
+    (workdir / 'evals.jsonl').write_text(text)
+    return run.like.replace(step=jnp.asarray(step))
+
+  monkeypatch.setattr(train, 'train', stand_in)
+  if asked:
+    monkeypatch.setenv('DIFFAX_STOP_STATUS', asked)
+  command = (CONFIG, '--workdir', tmp_path / 'run', *STEPS, '--config.evals.grid=grid',
+             '--config.evals.grid.every=5')
+  if status is None:
+    run_diffax.door(*command)
+  else:
+    with pytest.raises(SystemExit) as end:
+      run_diffax.door(*command)
+    assert end.value.code == status
+
+
+@pytest.mark.parametrize('asked', ['no', '-1', '256', '²'])
+def test_stop_status_that_is_none(asked, tmp_path, monkeypatch, capfd, no_compiling):
+  monkeypatch.setenv('DIFFAX_STOP_STATUS', asked)
+  assert asked in mistake(capfd, CONFIG, '--workdir', tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

@@ -94,12 +94,16 @@ def test_kill(count, straight, tmp_path):
   assert_same_end(workdir, straight(count))
 
 
-def test_signals(straight, tmp_path):
-  """SIGTERM, then Ctrl-C on a terminal: each saves at once, says so and ends with status 0."""
+def test_signals(straight, tmp_path, monkeypatch):
+  """SIGTERM, then Ctrl-C on a terminal: each saves at once, says so and ends with status 0, or as
+  the environment asks.
+  """
   workdir = tmp_path / 'run'
+  monkeypatch.setenv('DIFFAX_STOP_STATUS', '75')
   process = start(workdir, 1)
   process.says('step 6/20')
-  assert process.send(signal.SIGTERM) == 0, process.text()
+  assert process.send(signal.SIGTERM) == 75, process.text()
+  monkeypatch.delenv('DIFFAX_STOP_STATUS')
   stopped = checkpoint.present(workdir / 'checkpoints')[-1]
   assert 6 <= stopped < STEPS
   assert f'SIGTERM: stopped at step {stopped}' in process.text()
