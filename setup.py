@@ -43,8 +43,9 @@ setup(
         'tpu': ['jax[tpu]'],
         'gcs': ['gcsfs', 'google-cloud-storage'],  # gs:// workdirs and their TensorBoard events
         'diffrax': ['diffrax>=0.6'],  # solvers.sample_diffrax
-        'test': ['diffrax>=0.6', 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
-                 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'tensorboard>=2.18'],
+        'test': ['diffrax>=0.6', 'ipykernel>=6.29', 'kubeflow-trainer-api>=2.0',  # JobSet's schema
+                 'nbclient>=0.10', 'nbformat>=5.10', 'pytest>=8.0', 'pytest-xdist>=3.6',
+                 'pyyaml>=6.0', 'ruff>=0.9', 'tensorboard>=2.18'],
         'benchmark': ['torch>=2.4'],
         'tokamax': ['tokamax>=0.0.12'],  # attention='tokamax', on GPUs and TPUs
     },
