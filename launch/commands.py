@@ -13,9 +13,10 @@ import subprocess
 import sys
 
 NAME = re.compile(r'[a-z]([-a-z0-9]*[a-z0-9])?')  # RFC 1035, what clouds and clusters share
-SECRET = re.compile(  # a word of a name: API_KEY, hf.token, --password
-  r'(^|[-_.])(api_?key|access_?key|private_?key|key|token|secret|passwd|password|credentials?)s?$',
+SECRET = re.compile(  # the end of a name: API_KEY, hf.token; tokens are counted, not kept
+  r'(^|[-_.])((api_?|access_?|private_?)?keys?|token|secrets?|passwd|passwords?|credentials?)$',
   re.IGNORECASE)
+LOGIN = re.compile(r'://[^/\s:@]*:[^/\s@]+@')  # https://user:password@host
 ASSIGNED = re.compile(r'(?P<name>[A-Za-z_][-\w.]*)=(?P<value>.+)', re.DOTALL)
 
 
@@ -48,10 +49,14 @@ def quoted(words):
 
 
 def refuse_secrets(words):
-  """Raises Refused for a word `NAME=VALUE`, or words `--NAME VALUE`, whose name is a secret's.
+  """Raises Refused for a word `NAME=VALUE`, or words `--NAME VALUE`, whose name is a secret's, and
+  for an address that holds a password.
 
-  Its value is not told: the message would be the next place that keeps it.
+  What is secret is not told: the message would be the next place that keeps it.
   """
+  if any(map(LOGIN.search, words)):
+    raise Refused('an address in the command holds a password, and commands are printed, logged '
+                  'and kept in workdirs: leave it out, and let the machines log in by themselves')
   for word, behind in zip(words, [*words[1:], '']):
     found = ASSIGNED.fullmatch(word.lstrip('-'))
     said = found['name'] if found else word.lstrip('-') if word.startswith('--') else ''
