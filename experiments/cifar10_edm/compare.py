@@ -35,7 +35,6 @@ import sys
 import tempfile
 
 import turns
-from turns import train_step
 
 from diffax import checkpoint
 from diffax import config as configs
@@ -528,13 +527,14 @@ def loss_plot(path, results):
 def ours(args):
   """diffax's side of `speed`: the step as the training loop compiles it, on one batch."""
   turns.pin(args.threads)
-  import ours as program  # of ../throughput
+  sys.path.insert(0, str(HERE.parent / 'throughput'))
+  import ours as program
 
   with np.load(args.data) as held:
     image, label = held['image'], held['label']
   batch = {'image': (image / 127.5 - 1).astype('f4'), 'label': label.astype('i4')}
   advance, facts = program.running(of_config(args), batch)
-  turns.serve(facts, advance, program.matmul, args.steps)
+  turns.serve(facts, advance, program.product, args.steps)
 
 
 def speed(args):
@@ -578,7 +578,7 @@ def report(args, run, facts, told):
     'gigaflop_an_image': gigaflop,
     'batch': run.config['batch_size'], 'threads': args.threads, 'turns': args.turns,
     'steps_a_turn': args.steps, 'load': os.getloadavg()[0],
-    'machine': f'{train_step.processor()}, python {platform.python_version()}',
+    'machine': f'{turns.processor()}, python {platform.python_version()}',
   }
   print(f'{result["parameters"]} parameters, {gigaflop:.2f} GFLOP an image; batch '
         f'{result["batch"]}, {args.threads} threads; median (range) of {args.turns} turns')
@@ -588,18 +588,18 @@ def report(args, run, facts, told):
     shares = [rate * gigaflop / product for rate, product in zip(rates, products)]
     row = result[name] = {
       'version': facts[name]['version'],
-      'images_a_second': train_step.spread(rates),
-      'cpu_seconds_an_image': train_step.spread(
+      'images_a_second': turns.spread(rates),
+      'cpu_seconds_an_image': turns.spread(
         [turn['cpu_seconds'] / count for turn in told[name]['train']]
       ),
-      'matmul_gflops': train_step.spread(products),
-      'share_of_matmul': train_step.spread(shares),
+      'matmul_gflops': turns.spread(products),
+      'share_of_matmul': turns.spread(shares),
     }
     shown = [f'{key} {v["median"]:.4g} ({v["min"]:.4g} to {v["max"]:.4g})'
              for key, v in row.items() if key != 'version']
     print(f'{name:7} {"; ".join(shown)}')
   rates = ([turn['seconds'] for turn in told[name]['train']] for name in NAMES)
-  result['ratio_diffax_to_torch'] = train_step.spread([b / a for a, b in zip(*rates)])
+  result['ratio_diffax_to_torch'] = turns.spread([b / a for a, b in zip(*rates)])
   print('diffax / torch by turns: {median:.2f} ({min:.2f} to {max:.2f})'.format(
     **result['ratio_diffax_to_torch']))
   if args.out:

@@ -1,15 +1,12 @@
 """Two programs that take turns: a worker answers a command a line, the referee asks."""
 
+import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
-
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / 'throughput'))
-
-import train_step  # noqa: E402 (of ../throughput, which imports neither jax nor torch)
 
 ROWS = 2048  # of the matrices whose product says what the machine gives
 
@@ -26,7 +23,7 @@ def serve(facts, advance, matmul, steps):
   advance: steps -> loss, when it is there. matmul: rows -> a function that multiplies and waits.
   """
   advance(2)  # compiles; fills caches
-  train_step.answer(facts)
+  answer(facts)
   product = matmul(ROWS)
   product()
   for command in sys.stdin:
@@ -36,10 +33,24 @@ def serve(facts, advance, matmul, steps):
     else:
       product()
     seconds, work = time.perf_counter() - start, time.process_time() - work
-    train_step.answer({'seconds': seconds, 'cpu_seconds': work})
+    answer({'seconds': seconds, 'cpu_seconds': work})
 
 
-class Side(train_step.Side):
+def answer(facts):
+  print(json.dumps(facts), file=sys.__stdout__, flush=True)
+
+
+def spread(values):
+  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def processor():
+  """What this machine computes with, by name."""
+  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  return next(line.split(': ')[1] for line in lines if line.startswith('model name'))
+
+
+class Side:
   """A worker that `command` starts, for so many threads, and what it said."""
 
   def __init__(self, command, threads):
@@ -51,6 +62,17 @@ class Side(train_step.Side):
       env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)),
     )
     self.facts = self.hear()
+
+  def hear(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f'a side ended with status {self.process.wait()}; its error is above')
+    return json.loads(line)
+
+  def ask(self, command):
+    self.process.stdin.write(command + '\n')
+    self.process.stdin.flush()
+    return self.hear()
 
   def end(self):
     self.process.stdin.close()
