@@ -20,9 +20,9 @@ DEFAULTS = {'cpu': ('S/4', 'unet:cpu')}  # by platform
 ISSUED = ('S/2', 'B/2', 'L/2', 'XL/2', 'unet')  # elsewhere
 LATENTS = 32  # a side: 256 pixels
 BATCHES = {  # (training, sampling) by platform, else SMALL
-  'cpu': {'S/4': (16, 4), 'unet:cpu': (64, 16)},
-  'gpu': {
-    'S/2': (256, 64), 'B/2': (256, 64), 'L/2': (128, 64), 'XL/2': (128, 64), 'unet': (512, 256),
+  'cpu': dict.fromkeys(TRANSFORMERS, (16, 4)) | {'unet': (16, 4), 'unet:cpu': (64, 16)},
+  'gpu': dict.fromkeys(TRANSFORMERS, (128, 64)) | {
+    'S/2': (256, 64), 'B/2': (256, 64), 'unet': (256, 256), 'unet:cpu': (256, 256),
   },
 }
 SMALL = (4, 4)

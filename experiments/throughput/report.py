@@ -171,6 +171,8 @@ def section(device, dtype, threads, runs):
       first = [model, what, str(batch)] if not i else ['', '', '']
       lines.append('| ' + ' | '.join([*first, side, *cells(told, cpu)]) + ' |')
   lines += ['', products(runs), '']
+  left = sum(run.get('left_out', 0) for run in runs)
+  lines += [f'{left} measurements were left out, for --minutes.', ''] * bool(left)
   lines += [f'**Not comparable**: {line}.' for line in mismatches(runs)]
   return '\n'.join([*lines, *goals(runs)]).rstrip()
 
