@@ -203,7 +203,7 @@ def test_a_failure_is_in_its_row(tmp_path, monkeypatch, capsys):
       assert len(report.read(out)[0]['rows']) == len(seen) - 1
     if job['side'] == 'torch':
       return {'error': 'OutOfMemoryError'}
-    return row('diffax', [1.0], job['repeat'])
+    return row('diffax', [1.0], job['repeat'], model='tiny', batch=4)
 
   monkeypatch.setattr(table, 'sides', lambda args: ['diffax', 'torch'])
   monkeypatch.setattr(table, 'probe', lambda *_: SEEN)
@@ -265,7 +265,7 @@ THREE = [
 
 def test_figures():
   """Median and range over windows; ratios by turns; MFU by jax's product; compiling when cold."""
-  told = report.figures(THREE)
+  told = report.figures(report.cases([ran(THREE)])['XL/2', 'train', 10])
   assert told['diffax']['images'] == {'median': 15.0, 'min': 10.0, 'max': 20.0}
   assert told['torch']['over'] == {'median': 5.0, 'min': 2.0, 'max': 8.0}
   assert told['torch_compile']['over'] == {'median': 1.625, 'min': 1.25, 'max': 2.0}

@@ -309,4 +309,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a process under way ends, too
   sys.exit(main())
