@@ -51,7 +51,8 @@ def test_lines(word):
     commands.quoted([word])
 
 
-@pytest.mark.parametrize('text', ['', 'A', 'a_b', '-a', 'a-', 'a b', 'a;b', '1a', 'a' * 64, 'ä', 'a\n'])
+@pytest.mark.parametrize('text', [
+  '', 'A', 'a_b', '-a', 'a-', 'a b', 'a;b', '1a', 'a' * 64, 'ä', 'a\n'])
 def test_bad_names(text):
   with pytest.raises(commands.Refused, match='--name='):
     commands.name(text, '--name')
