@@ -217,6 +217,8 @@ def test_our_own_layout(own, tmp_path, capfd):
   out = exported(workdir, tmp_path / 'out')
   said = capfd.readouterr().out
   assert "diffax's own layout" in said and said.count('\n') == 1
+  modes = {file.stat().st_mode for file in out.rglob('*') if file.is_file()}
+  assert len(modes) == 1, 'weights are for whoever may read the rest'
   again, found = read(out, 'sample.prompts=("a cat",)')
   same(found.params, state.ema['0.995'])
   assert set(found.params) == {'net', 'text', 'schedule'}

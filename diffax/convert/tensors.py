@@ -362,4 +362,7 @@ def _shard(path, tensors):
   import safetensors.numpy
 
   safetensors.numpy.save_file(tensors, f'{path}.new', metadata={'format': 'pt'})
+  mask = os.umask(0)  # safetensors makes files that nobody else may read
+  os.umask(mask)
+  os.chmod(f'{path}.new', 0o666 & ~mask)
   os.replace(f'{path}.new', path)
