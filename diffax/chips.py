@@ -11,7 +11,7 @@ TPUs need libtpu (the extra `tpu`), GPUs the libraries of jax's CUDA plugin (the
 """
 
 import contextlib
-import io
+import logging
 import math
 import os
 import pathlib
@@ -131,22 +131,39 @@ def topology(text):
 def _tpus(text, name, slices, sizes):
   from jax.experimental import topologies
 
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu looks for the machine it is on
   try:
     import libtpu
   except ImportError as error:
     raise ConfigError(
       f'--topology={text}: compiling for TPUs needs libtpu: pip install "diffax[tpu]"') from error
-  os.environ.setdefault(
-    'TPU_LIBRARY_PATH', str(pathlib.Path(libtpu.__file__).parent / 'libtpu.so'))
   options = dict(num_slices=slices) if slices > 1 else {}
+  if name == 'v4':  # its two cores are one device, as they are to jax on a real one
+    options['chip_config_name'] = 'megacore'
+  library = str(pathlib.Path(libtpu.__file__).parent / 'libtpu.so')
   try:
-    made = topologies.get_topology_desc(f'{name}:{"x".join(map(str, sizes))}', 'tpu', **options)
+    with _variables(TPU_LIBRARY_PATH=library, TPU_ACCELERATOR_TYPE=KINDS[name], **NOWHERE):
+      made = topologies.get_topology_desc(f'{name}:{"x".join(map(str, sizes))}', 'tpu', **options)
   except Exception as error:  # of several kinds, all of libtpu
     raise ConfigError(
       f'--topology={text}: libtpu has no such slice ({" ".join(str(error).split())[:200]}); v4 and '
       'v5p have three sizes, as 4x4x8, v5e and v6e two, as 8x16') from error
   return CHIPS[name], made.devices
+
+
+KINDS = {'v4': 'v4-8', 'v5e': 'v5litepod-4', 'v5p': 'v5p-8', 'v6e': 'v6e-4'}
+NOWHERE = dict(TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost')  # libtpu is on no TPU VM
+
+
+@contextlib.contextmanager
+def _variables(**values):
+  """Within it, variables of the environment that are not set have these values."""
+  added = {name: value for name, value in values.items() if name not in os.environ}
+  os.environ.update(added)
+  try:
+    yield
+  finally:
+    for name in added:
+      del os.environ[name]
 
 
 HOPPER = '''
@@ -185,17 +202,20 @@ def _gpus(text, name, slices, sizes):
   if len(sizes) > 2 or slices > 1:
     raise ConfigError(f'--topology={text}: GPUs are {name}:GPUS or {name}:HOSTSxGPUS')
   plugin = _cuda_plugin(text)
+  log = logging.getLogger(xla_bridge.__name__)
+  log.disabled, before = True, log.disabled  # it would tell that the plugin found no driver
+  jax.devices('cpu')  # jax looks for plugins now
+  log.disabled = before
   if 'cuda' not in xla_bridge._backend_factories:  # its own start needs a driver; the library not
     try:
-      with contextlib.redirect_stderr(io.StringIO()):
-        xla_bridge.register_plugin('cuda', library_path=str(plugin._get_library_path()))
+      xla_bridge.register_plugin('cuda', library_path=str(plugin._get_library_path()))
     except jax.errors.JaxRuntimeError as error:  # loaded already
       if 'ALREADY_EXISTS' not in str(error):
         raise
   chip = CHIPS[name]
   config = HOPPER.format(bandwidth=chip.bandwidth, memory=chip.memory)
   made = topologies.get_topology_desc(
-    platform='cuda', topology_name=name, topology=f'1x{hosts}x{each}', target_config=config)
+    platform='cuda', topology_name=name, topology=f'{hosts}x1x{each}', target_config=config)
   return chip._replace(usable=chip.memory * _preallocated()), made.devices
 
 

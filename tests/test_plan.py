@@ -117,9 +117,10 @@ def small(topology, memory):
 
 def test_search(cpus):
   """Where it does not fit, what does is found, ranked, and said as one would say it."""
-  whole = made(cpus, 'mesh.data=8', 'model.width=128')['hbm_bytes_per_chip']['peak']
+  settings = 'mesh.data=8', 'model.width=128', 'model.depth=1'
+  whole = made(cpus, *settings)['hbm_bytes_per_chip']['peak']
   tight, said = small(cpus, int(0.75 * whole)), []
-  config = run_diffax.config('mesh.data=8', 'model.width=128')
+  config = run_diffax.config(*settings)
   with mock.patch.object(plan, 'meshes', lambda *_: [dict(data=1, fsdp=8)]):
     with mock.patch.object(plan, 'POLICIES', ('nothing_saveable',)):
       found = plan.search(config, tight, say=said.append)
@@ -138,7 +139,7 @@ def test_search_for_less(cpus):
   tiny = small(cpus, 1000)
   with mock.patch.object(plan, 'meshes', lambda *_: []):
     with mock.patch.object(plan, 'POLICIES', ()), mock.patch.object(plan, 'SHARES', (2,)):
-      found = plan.search(run_diffax.config(), tiny)
+      found = plan.search(run_diffax.config('model.depth=1'), tiny)
   assert {each['settings']['accumulate'] for each in found} == {1, 2}
   assert not any(each['fits'] for each in found)
   assert 'none fits' in plan.advice(found)
@@ -225,6 +226,17 @@ def test_slices():
   assert found['islands'] == 2 and found['chips'] == 8
   far = sum(row['far_bytes'] for row in found['collectives'].values())
   assert 0 < far <= 4 * found['parameters']
+
+
+@needs_libtpu
+@pytest.mark.parametrize('name, count, islands', [
+  ('v4:2x2x4', 16, 1), ('v5e:4x4', 16, 1), ('v5p:2x2x4', 16, 1), ('2*v6e:4x4', 32, 2)])
+def test_slices_of_chips(name, count, islands):
+  """A device is a chip, and of the kind that its figures are found by."""
+  topology = chips.topology(name)
+  assert len(topology.devices) == count
+  assert len({chips.island(d) for d in topology.devices}) == islands
+  assert chips.by_kind(topology.devices[0].device_kind) is topology.chip
 
 
 @needs_libtpu

@@ -1,6 +1,7 @@
 """The judge of text-to-image on the emoji: how often a picture finds its own caption among fifty.
 
   python experiments/emoji_text2image/judge.py train --out DIR
+  python experiments/emoji_text2image/judge.py captions --out FILE.txt     # to be drawn
   python experiments/emoji_text2image/judge.py score --judge DIR --samples FILE.npz --captions FILE
 
 The data is `$DIFFAX_DATA/emoji` (default ../shared/data/emoji). FILE.npz holds `arr_0`, uint8
@@ -504,6 +505,10 @@ def score_command(args):
   print(f'wrote {out}')
 
 
+def captions_command(args):
+  args.out.write_text('\n'.join(emoji('test').captions) + '\n', encoding='utf-8')
+
+
 def main(argv=None):
   parser = argparse.ArgumentParser(description='The judge of text-to-image on the emoji.')
   commands = parser.add_subparsers(required=True)
@@ -512,6 +517,9 @@ def main(argv=None):
   command.add_argument('--out', type=pathlib.Path, required=True)
   command.add_argument('--steps', type=int, default=STEPS)
   command.add_argument('--hold', type=float, default=0, help='share of train kept to choose by')
+  command = commands.add_parser('captions')
+  command.set_defaults(run=captions_command)
+  command.add_argument('--out', type=pathlib.Path, required=True, help='.txt of the test split')
   command = commands.add_parser('score')
   command.set_defaults(run=score_command)
   command.add_argument('--judge', type=pathlib.Path, required=True)
