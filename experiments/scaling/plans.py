@@ -41,7 +41,7 @@ def cases():
     for topology, chips in PODS.items():
       outer = 2 if topology.startswith('2*') else chips // 8 if topology == 'h200:8x8' else 1
       mesh = {'mesh.data': outer, 'mesh.fsdp': chips // outer}
-      size = {'batch_size': 8 * chips} if topology.startswith('h200') else {}
+      size = {'batch_size': 64 * chips} if topology.startswith('h200') else {}
       found[f'{variant}_{named(topology)}'] = variant, topology, mesh | settings | size
   for chips, topology in WEAK.items():
     slices = 2 if topology.startswith('2*') else 1
