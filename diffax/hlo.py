@@ -292,19 +292,28 @@ def _group(text, devices):
     shape, reshaped, order = ([int(n) for n in x.split(',')] if x else None for x in iota.groups())
     numbers = np.arange(math.prod(shape)).reshape(reshaped)
     return list(numbers.transpose(order or range(numbers.ndim)).reshape(shape)[0])
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
+  mesh = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? *\{([^}]*)\}", text)
   if mesh:
-    return _of_mesh(*mesh.groups(), text)
+    return _of_mesh(*mesh.groups())
+  if 'replica_groups=' in text:
+    found = text[text.index('replica_groups=') :][:80]
+    raise ValueError(f'devices that take part are written in a form that is not known: {found}')
   return list(range(devices))
 
 
-def _of_mesh(said, over, text):
+def _of_mesh(said, order, over):
   """The first group of axes named of a mesh, `'x'=4,'y'=2` over `'x'`; parts of an axis as
-  `'x':(1)2`, which is the part of 2 behind one of 1."""
+  `'x':(1)2`, which is the part of 2 behind one of 1. order: of its devices, `[2,4]T(1,0)` or a
+  list; None for their own."""
   axes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", said)}
-  order = re.search(r'device_ids=\(?\[?([\d,]+)', text)
-  numbers = np.asarray([int(n) for n in order[1].split(',')]) if order else np.arange(
-    math.prod(axes.values()))
+  numbers = np.arange(math.prod(axes.values()))
+  turned = re.fullmatch(r'\[([\d,]+)\]T\(([\d,]+)\)?', order or '')
+  if turned:
+    shape, axis_order = ([int(n) for n in part.split(',')] for part in turned.groups())
+    numbers = numbers.reshape(shape).transpose(axis_order).ravel()
+  elif order:
+    numbers = np.asarray([int(n) for n in re.findall(r'\d+', order)])
   numbers = numbers.reshape(list(axes.values()) or [1])
   picked = []
   for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", over):

@@ -104,10 +104,19 @@ def test_groups_of_some(mesh):
   ("replica_groups=mesh['x'=4,'y'=2] {'x','y'}", list(range(8))),
   ("replica_groups=mesh['x'=8] {'x':(1)2}", [0, 4]),
   ("replica_groups=mesh['x'=8] {'x':(2)4}", [0, 1, 2, 3]),
+  ("replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'x'}", [0, 1, 2, 3]),
+  ("replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'z'}", [0, 4]),
+  ("replica_groups=mesh['x'=2,'y'=4], device_ids=([7,6,5,4,3,2,1,0]) {'y'}", [4, 5, 6, 7]),
   ('channel_id=3', list(range(8))),
 ])
 def test_forms_of_groups(said, wanted):
   assert sorted(hlo._group(f'%x), channel_id=1, {said}, dimensions={{0}}', 8)) == wanted
+
+
+def test_a_form_that_is_not_known():
+  """It is not taken for all devices."""
+  with pytest.raises(ValueError, match='not known: replica_groups=of some'):
+    hlo._group('%x), replica_groups=of some kind', 8)
 
 
 TPU = '''HloModule jit_step, is_scheduled=true, num_partitions=4
