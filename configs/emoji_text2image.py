@@ -5,10 +5,10 @@
 
 `full` denoises pixels; `latent` the latents of an autoencoder of configs/emoji_autoencoder.py, as
 `--mode export` wrote it into runs/emoji_autoencoder/export; `upscale` the latents of 64 pixels
-beside a picture of 16, the second stage of a cascade. Two CPU cores train at 41 pictures a second,
-so 52, 65 and 20 minutes; `latent` reached 30.6 % top-1 of 50 after 4258 steps
-(experiments/emoji_text2image), `full` was run and not judged, `upscale` not run here. A folder of
-your own with captions.jsonl: --config.data=captioned --config.data.path=DIR.
+beside a picture of 16, the second stage of a cascade. Two CPU cores train at 29 to 41 pictures a
+second, so an hour or more, as long, and half of it; top-1 of 50, `full` reached 18.5 % and `latent`
+30.6 % after 4258 steps (experiments/emoji_text2image). `upscale` was not run to its end. A folder
+of your own with captions.jsonl: --config.data=captioned --config.data.path=DIR.
 
 Large patches of pixels show through much noise: `full` has times shifted to where they do not.
 """
