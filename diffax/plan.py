@@ -162,8 +162,9 @@ def _bounded(run, program, topology, memory, kinds, traffic):
 def search(config, topology, what='train', say=lambda *_: None):
   """[plan] of the config and of others beside it, the best first: what fits, by images/s.
 
-  Tried are meshes, with the best of them the policies of `remat`, and where nothing fits
-  microbatches; nothing that changes what is computed. say: is told each as it is tried.
+  Tried are meshes, with the best of them and the one of the least memory the policies of `remat`,
+  and where nothing fits microbatches; nothing that changes what is computed. say: is told each as
+  it is tried.
   """
   found, tried = [], set()
 
@@ -184,8 +185,9 @@ def search(config, topology, what='train', say=lambda *_: None):
     attempt(configs.override(config, flags(dict(mesh=mesh)).split()))
   if not found:
     raise ConfigError(f'--plan.search: no mesh of {topology.name} takes this config')
-  for policy in POLICIES if what == 'train' and 'remat' in config['model'] else ():
-    attempt(_with(config, best(found), {'model.remat': policy}))
+  for base in (best(found), min(found, key=_peak)):
+    for policy in POLICIES if what == 'train' and 'remat' in config['model'] else ():
+      attempt(_with(config, base, {'model.remat': policy}))
   for parts in SHARES if what == 'train' and not best(found)['fits'] else ():
     attempt(_with(config, best(found), {'accumulate': parts * config['accumulate']}))
   return sorted(found, key=_rank, reverse=True)
@@ -210,9 +212,13 @@ def best(found):
 
 
 def _rank(plan):
-  memory = plan['hbm_bytes_per_chip']
-  over = 0 if plan['fits'] else (memory['peak'] or math.inf) / memory['limit']
-  return plan['fits'], -over, plan['images_per_second']
+  return plan['fits'], 0 if plan['fits'] else -_peak(plan), plan['images_per_second']
+
+
+def _peak(plan):
+  """Bytes at the peak; of a program that the compiler refused more than any."""
+  peak = plan['hbm_bytes_per_chip']['peak']
+  return math.inf if peak is None else peak
 
 
 def _settings(config):

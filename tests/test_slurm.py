@@ -456,6 +456,7 @@ def assert_same_numbers(workdir, wanted):
     assert row == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow  # the interrupted training is compared with the same process
 def test_two_nodes_are_as_one_process(cluster, one, tmp_path):
   with training(cluster, tmp_path) as job:
     assert job.end() == ('COMPLETED', 0, 0), job.text()
