@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from unittest import mock
 
@@ -71,6 +72,20 @@ def digits():
 def _slowly(read, i):
   time.sleep(float(os.environ.get('DIFFAX_TEST_SLEEP', 0)))
   return read(i)
+
+
+def digits_in_turn():
+  """The same, one after the other: threads that read ahead do not make up for it."""
+  source = sources.digits()
+  return dataclasses.replace(source, read=functools.partial(_in_turn, source.read))
+
+
+def _in_turn(read, i):
+  with TURN:
+    return _slowly(read, i)
+
+
+TURN = threading.Lock()
 
 
 def config(*overrides):

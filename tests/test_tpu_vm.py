@@ -507,7 +507,7 @@ def test_watch_tells_a_mistake(shared):
 ENV = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
        'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 TRAIN = ('python', '-m', 'diffax.main', '--config=tests/run_diffax.py', '--config.log_every=1',
-         '--config.data.name=run_diffax.digits', '--config.model.dropout=0.1')
+         '--config.data.name=run_diffax.digits_in_turn', '--config.model.dropout=0.1')
 
 
 @pytest.fixture(scope='module')
@@ -533,7 +533,7 @@ def test_training_is_preempted_and_resumed(calm, tmp_path):
 
   Stopped by hand before that, it goes on from where it saved.
   """
-  workdir, slow = tmp_path / 'run', dict(ENV, DIFFAX_TEST_SLEEP='0.05', PYTHONPATH='tests')
+  workdir, slow = tmp_path / 'run', dict(ENV, DIFFAX_TEST_SLEEP='0.1', PYTHONPATH='tests')
   place = Place(tmp_path, with_tmux=bool(shutil.which('tmux')), **slow)
   steps = lambda: len(run_diffax.numbers(workdir)) if (workdir / 'metrics.jsonl').exists() else 0
   start = ['run', 'tune', f'--workdir={workdir}', '--watch', '--', *TRAIN]
