@@ -68,7 +68,7 @@ OTHERS = (  # whose FLOP/s alone are used
   Chip(('NVIDIA L40S',), 362e12), Chip(('NVIDIA H100 PCIe',), 756e12),
   Chip(('NVIDIA B200',), 2250e12), Chip(('NVIDIA GB200',), 2500e12),
 )
-PRECOMPILED = {'h100': '9', 'h200': '9'}  # GPUs that are described here: compute capability
+DESCRIBED = ('h100', 'h200')  # to the compiler, by HOPPER
 
 
 class Topology(NamedTuple):
@@ -118,7 +118,7 @@ def topology(text):
     raise ConfigError(
       f'--topology={text!r}: write CHIP:SIZES, as v5e:16x16, 2*v6e:16x16, h200:2x8 or cpu:8')
   slices, name, sizes = int(found[1] or 1), found[2], tuple(map(int, found[3].split('x')))
-  known = {'cpu': _cpus} | dict.fromkeys(PRECOMPILED, _gpus)
+  known = {'cpu': _cpus} | dict.fromkeys(DESCRIBED, _gpus)
   known |= {n: _tpus for n in CHIPS if n.startswith('v')}
   if name not in known:
     raise ConfigError(f'--topology={text!r}: {near(name, known)}')

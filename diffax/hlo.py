@@ -10,7 +10,6 @@ writes its results there. Shardings are resolved: every figure is that of one de
   hlo.traffic(program)                  # what the kernels move through memory
 """
 
-import collections
 import math
 import re
 from typing import NamedTuple
@@ -427,12 +426,3 @@ def _written(inner, root, shapes):
   if root.opcode == 'dynamic-update-slice':
     return sum(s.bytes for s in inner[root.operands[1]].shapes) * (not shapes[0].space)
   return sum(s.bytes for s in shapes if not s.space)
-
-
-def named(program, opcode):
-  """{target of a custom call, or name: times} of instructions of an opcode, also within fusions."""
-  found = collections.Counter()
-  for instruction, _, times in walk(program, inside=True):
-    if instruction.opcode == opcode:
-      found[_target(instruction) or instruction.name] += times
-  return found
