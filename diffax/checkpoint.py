@@ -240,17 +240,28 @@ def load(folder, step, like):
       f'no checkpoint{f" of step {step}" if step else ""} in {folder}; there are: '
       f'{", ".join(map(str, there)) or "none (train first)"}'
     )
-  for at in [step] if step else reversed(there):
+  found = _first_that_reads([step] if step else there[::-1], lambda at: read(folder, at, like))
+  if not found:
+    raise ConfigError(f'no checkpoint in {folder} can be read')
+  return found
+
+
+def _first_that_reads(steps, attempt):
+  """(step, what `attempt` makes of it) of the first where it succeeds; None where it does nowhere.
+
+  What cannot be read is named in the log.
+  """
+  for step in steps:
     try:
-      return at, read(folder, at, like)
+      return step, attempt(step)
     except Exception as error:  # of many kinds
-      logging.warning('checkpoint %d cannot be read (%s)', at, _reason(error))
-  raise ConfigError(f'no checkpoint in {folder} can be read')
+      logging.warning('checkpoint %d cannot be read (%s)', step, _reason(error))
+  return None
 
 
 def weights_like(folder, like):
-  """(step, what to read) of another run's newest checkpoint: its parameters, and its averages if
-  it kept the same. Reads no array.
+  """What to read of another run's newest checkpoint, a dict of branches: its parameters, and its
+  averages if it kept the same. Reads no array.
 
   like: the state they are for. Raises ConfigError that names what is missing, surplus or misshapen.
   """
@@ -258,7 +269,11 @@ def weights_like(folder, like):
   if not there:
     raise ConfigError(f'--from: no checkpoint in {folder}')
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.metadata(_absolute(folder) / str(there[-1]) / 'default').item_metadata.tree
+    arrays = lambda step: reader.metadata(_absolute(folder) / str(step) / 'default')
+    found = _first_that_reads(there[::-1], lambda step: arrays(step).item_metadata.tree)
+  if not found:
+    raise ConfigError(f'--from: no checkpoint in {folder} can be read; begin with another run')
+  tree = found[1]
   flat = lambda tree: {
     jax.tree_util.keystr(p, simple=True, separator='/'): tuple(x.shape)
     for p, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -274,12 +289,12 @@ def weights_like(folder, like):
       f'--from={folder}: {len(wrong)} parameters do not fit: {"; ".join(wrong[:5])}'
     )
   same = sorted(tree['ema']) == sorted(like.ema)
-  return there[-1], {'params': like.params} | ({'ema': like.ema} if same else {})
+  return {'params': like.params} | ({'ema': like.ema} if same else {})
 
 
 def weights(folder, like):
-  """What `weights_like` names, read."""
-  return read(folder, *weights_like(folder, like))
+  """What `weights_like` names, of the newest checkpoint that can be read."""
+  return load(folder, 0, weights_like(folder, like))[1]
 
 
 def abstract(tree, shardings):

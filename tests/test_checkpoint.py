@@ -87,6 +87,33 @@ def test_newest_unreadable(tmp_path, caplog):
   checkpoints.close()
 
 
+@pytest.mark.parametrize('lost', ['_METADATA', 'd'])
+def test_weights_of_a_run_whose_newest_is_damaged(lost, tmp_path, caplog):
+  """Of the one before it, which is said; where none can be read, that."""
+  run, folder = run_diffax.setup(), tmp_path / 'c'
+  first = train.init(run)
+  saved = checkpoint.Checkpoints(folder)
+  saved.save(1, first)
+  saved.save(2, first.replace(params=jax.tree.map(lambda x: x + 1, first.params)))
+  saved.wait()
+  saved.close()
+  spoil(folder / '2' / 'default' / lost)
+  found = checkpoint.weights(folder, run.like)
+  run_diffax.assert_same(run_diffax.flat(found['params']), run_diffax.flat(first.params))
+  assert 'checkpoint 2 cannot be read' in caplog.text
+  spoil(folder / '1' / 'default' / lost)
+  with pytest.raises(ConfigError, match='no checkpoint in .* can be read'):
+    checkpoint.weights(folder, run.like)
+
+
+def spoil(path):
+  """A file is cut, a folder's files are gone."""
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.write_bytes(b'')
+
+
 def test_none(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / 'c')
   assert checkpoint.restore(checkpoints, like(state(0.0))) == (0, None)
