@@ -19,8 +19,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = 'experiments/scaling/dit.py'
-PODS = {  # topology: chips a slice
-  'v5e:16x16': 256, 'v5p:8x8x8': 512, '2*v6e:16x16': 512, 'h200:1x8': 8, 'h200:8x8': 64,
+PODS = {  # topology: chips; v5p-512 counts the two cores of each of 256
+  'v5e:16x16': 256, 'v5p:4x8x8': 256, '2*v6e:16x16': 512, 'h200:1x8': 8, 'h200:8x8': 64,
 }
 MODELS = {  # what is planned of each, beside the mesh
   'xl2_256': {}, 'xl2_512': {},
