@@ -5,12 +5,14 @@
 
 `full` denoises pixels; `latent` the latents of an autoencoder of configs/emoji_autoencoder.py, as
 `--mode export` wrote it into runs/emoji_autoencoder/export; `upscale` the latents of 64 pixels
-beside a picture of 16, the second stage of a cascade. Two CPU cores train at 29 to 41 pictures a
-second, so an hour or more, as long, and half of it; top-1 of 50, `full` reached 18.5 % and `latent`
-30.6 % after 4258 steps (experiments/emoji_text2image). `upscale` was not run to its end. A folder
-of your own with captions.jsonl: --config.data=captioned --config.data.path=DIR.
+beside a picture of 16, the second stage of a cascade. Two CPU cores train at 28 to 41 pictures a
+second: `full` and `latent` take 70 to 90 minutes, `upscale` 20 to 30. What they reach is in
+experiments/emoji_text2image. A folder of your own with captions.jsonl: --config.data=captioned
+--config.data.path=DIR.
 
-Large patches of pixels show through much noise: `full` has times shifted to where they do not.
+Kinds and colours, which a caption tells, fill large areas that show through noise of ten times the
+data. So times are shifted to where they do not, for pixels more than for latents; beside a small
+picture, which tells them, there is no need.
 """
 
 from typing import Literal
@@ -52,9 +54,9 @@ def get_config(variant: Literal['full', 'latent', 'upscale', 'smoke'] = 'full'):
 
   if variant in ('latent', 'upscale'):
     c.latent = dict(name='autoencoder', path='runs/emoji_autoencoder/export')
-    c.schedule, c.loss.time = dict(name='linear'), dict(name='logit_normal')
-    c.model.patch, c.prediction.sigma_data = 2, 1.0
+    c.model.patch, c.prediction.sigma_data, c.schedule.shift = 2, 1.0, 2.0
   if variant == 'upscale':
+    c.schedule, c.loss.time = dict(name='linear'), dict(name='logit_normal')
     c.given = dict(name='noised', factor=4, most=350)
     c.model.update(image=3, noise_levels=1000)
     c.evals.samples.update(prompts=(), guidance=1.5)
