@@ -40,7 +40,6 @@ FEW = [
   ('dit', 'data 8', 2), ('dit', 'fsdp 8', 1), ('dit', 'data 2, fsdp 4', 4),
   ('dit', 'data 2, sequence 4', 1), ('dit', 'tensor 4', 1),
   ('dit', 'fsdp 2, sequence 2, tensor 2', 2), ('unet', 'fsdp 2, sequence 2, tensor 2', 1),
-  ('edm2', 'fsdp 2, sequence 2, tensor 2', 1),
 ]
 SPLIT = PartitionSpec(None, None, 'fsdp')
 

@@ -73,7 +73,7 @@ def kill_while_saving(workdir, count):
   pytest.fail('no unfinished checkpoint was ever seen')
 
 
-@pytest.mark.parametrize('count', [1, 8])
+@pytest.mark.parametrize('count', [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_kill(count, straight, tmp_path):
   workdir = tmp_path / 'run'
   if count == 1:  # before the first step

@@ -159,7 +159,7 @@ SRUN = """
 set -m  # the task has a process group, as slurmstepd gives it
 echo "$*" > srun
 while [ "$1" != bash ]; do shift; done
-"$@" &
+(until [ -s group ]; do sleep 0.01; done; exec "$@") &  # what the task says comes after
 echo $! > group
 wait $!
 status=$?

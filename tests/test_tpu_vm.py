@@ -158,7 +158,9 @@ def test_gcloud_is_missing(place):
 def test_ctrl_c_leaves_it_running(place):
   fake_gcloud.write(place.cloud / 'queued' / 'tune.json', {'state': 'CREATING', 'nodes': ['tune']})
   process = subprocess.Popen(place.words('create', 'tune', *MADE), env=place.env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             # a shell's background jobs, and all they start, are deaf to it
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   assert 'CREATING' in process.stdout.readline()
   process.send_signal(signal.SIGINT)
   _, said = process.communicate(timeout=60)

@@ -315,7 +315,7 @@ def test_pictures(tmp_path):
   assert names == ['loss.png', *(f'samples_000000{s}.png' for s in (2, 4, 5))]
 
 
-@pytest.mark.parametrize('count', [1, 4])
+@pytest.mark.parametrize('count', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_averages_on_the_host(count, tmp_path):
   """They lie in its memory, bit for bit what they were on the devices; saved, gone on with, and
   sampled from."""
