@@ -74,13 +74,15 @@ def test_scanned_and_unrolled(sharded, cpus):
   assert sent(sharded) == pytest.approx(sent(unrolled), rel=0.03)  # XLA joins some of them
 
 
-def test_flops(cpus):
+def test_flops(sharded):
   """Of the model three passes forward; of the program what is computed again, too."""
-  run = run_diffax.setup(count=8)
-  found = made(cpus)
-  assert found['model_flops_per_chip'] == train.model_flops(run) / 8
-  kept = made(cpus, 'model.remat=none')
-  again = made(cpus, 'model.remat=nothing_saveable')
+  assert sharded['model_flops_per_chip'] == train.model_flops(
+    run_diffax.setup(*SHARDED, count=8)) / 8
+  one = chips.topology('cpu:1')
+  found = made(one)
+  assert found['model_flops_per_chip'] == train.model_flops(run_diffax.setup(count=1))
+  kept = made(one, 'model.remat=none')
+  again = made(one, 'model.remat=nothing_saveable')
   assert kept['flops_per_chip'] == pytest.approx(kept['model_flops_per_chip'], rel=0.02)
   assert 1.2 < again['flops_per_chip'] / kept['flops_per_chip'] < 4 / 3
   assert found['flops_per_chip'] < again['flops_per_chip']
