@@ -1,11 +1,23 @@
-"""The tests' setting: eight virtual CPU devices, no broadcasting of ranks, the folder of data."""
+"""The tests' setting: eight virtual CPU devices, quick compiling, the folder of data."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+# Programs of a millisecond, compiled for a minute: without LLVM's passes it is a half of that.
+# Flags of $XLA_FLAGS come later and win: --xla_backend_optimization_level=3 is what users have.
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+if QUICK not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{QUICK} {os.environ.get("XLA_FLAGS", "")}'.strip()
+os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
+# And each is compiled once, for all of pytest's workers and the processes that tests start.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='diffax-test-')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402, after the flags it reads
 import pytest  # noqa: E402

@@ -290,8 +290,7 @@ def ssh(cloud, args):
 
 def environment(place):
   # A machine starts afresh: of our own environment only what makes tests fast and finds programs.
-  kept = ('PATH', 'LANG', 'DIFFAX_TEST_SLEEP', 'DIFFAX_TEST_CACHE', 'JAX_COMPILATION_CACHE_DIR',
-          'FAKE_PIP')
+  kept = ('PATH', 'LANG', 'DIFFAX_TEST_SLEEP', 'JAX_COMPILATION_CACHE_DIR', 'FAKE_PIP')
   return {name: os.environ[name] for name in kept if name in os.environ} | {
     'HOME': str(place), 'PATH': f'{place / "bin"}:{os.environ["PATH"]}',
     'TMUX_TMPDIR': str((place / 'tmux').resolve())} | read(place / 'variables.json')

@@ -1,15 +1,12 @@
 """Small runs of diffax for tests: configs, runs on some of the devices, and processes to kill."""
 
-import atexit
 import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from unittest import mock
@@ -26,16 +23,6 @@ from diffax import main
 from diffax import sharding
 from diffax import train
 from diffax.data import sources
-
-# Compiling is most of the time these tests take: each program is compiled once, for all processes.
-CACHE = os.environ.get('DIFFAX_TEST_CACHE')  # set in the processes started here
-if not CACHE:
-  CACHE = tempfile.mkdtemp(prefix='diffax-test-')
-  atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-  os.environ['DIFFAX_TEST_CACHE'] = CACHE
-jax.config.update('jax_compilation_cache_dir', CACHE)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE  # which the door leaves as it is
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOKE = str(pathlib.Path(__file__).resolve())  # this file is the config, too
@@ -144,14 +131,18 @@ def assert_same(found, wanted):
 # --- processes ------------------------------------------------------------------------------------
 
 
+def flags(count):
+  """The tests' $XLA_FLAGS with another count of virtual devices."""
+  kept = [f for f in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in f]
+  return ' '.join([*kept, f'--xla_force_host_platform_device_count={count}'])
+
+
 def environment(count=1, sleep=0.0):
   """The environment of a process with `count` virtual devices."""
   return os.environ | {
     'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
-    'JAX_COMPILATION_CACHE_DIR': CACHE,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'XLA_FLAGS': flags(count),
     'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false',
     'DIFFAX_TEST_SLEEP': str(sleep),
   }

@@ -108,8 +108,6 @@ PREDICTIONS = ('x0', 'eps', 'v', 'score', 'velocity', 'edm', 'trigflow')
 STEPS = (1, 2, 3, 50)
 GAUSSIAN, MIXTURE = gaussians.gaussian(), gaussians.mixture()
 POINT = gaussians.gaussian(std=(0., 0.))
-# Programs of a millisecond, compiled for a second: most of the tests' time is XLA's.
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 @functools.cache
@@ -145,7 +143,7 @@ class Told(NamedTuple):
   b: Array
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def program(name, rows, draws, x, data):
   """x [b 2] at the end of the rows that live; draws: the noise [rows 2 b 2] in place of keys."""
   sampler = CASES[name].sampler
@@ -172,7 +170,7 @@ def made(kind):
 
 @functools.cache
 def compiled_inverse(schedule):
-  return jax.jit(functools.partial(INVERSE, schedule), compiler_options=FAST)
+  return jax.jit(functools.partial(INVERSE, schedule))
 
 
 INVERSE, LENGTH = schedules.inverse, 75

@@ -19,8 +19,6 @@ from diffax.models import autoencoder
 HERE = pathlib.Path(golden.__file__)
 WANT = np.load(HERE.with_suffix('.npz'))
 NAMES = json.loads(HERE.with_suffix('.json').read_text())  # {CompVis': diffusers'}
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 SMALL = dict(width=8, multipliers=(1, 2), blocks=1, groups=4)
 
 
@@ -82,7 +80,7 @@ def reference(name, folder):
     out = run(params)
     return sum(jnp.sum(out[k] * weights[k]) for k in out if k != 'index'), out
 
-  grads, out = jit(jax.grad(project, has_aux=True))(params)
+  grads, out = jax.jit(jax.grad(project, has_aux=True))(params)
   return model, params, out, grads
 
 
@@ -136,7 +134,7 @@ def test_half_precision(folder):
   """Of bfloat16 what comes out is float32 and near, and the parameters stay as they are."""
   model, params, want, _ = reference('kl16', folder)
   half = model.clone(design=model.design._replace(dtype=jnp.dtype('bfloat16'), remat='none'))
-  out = jit(lambda p, z: half.apply({'params': p}, z, method='decode'))(
+  out = jax.jit(lambda p, z: half.apply({'params': p}, z, method='decode'))(
     params, last(golden.inputs('kl16')[1]))
   assert out.dtype == jnp.float32
   assert 1e-4 < np.abs(out - want['image']).max() / np.abs(want['image']).max() < 0.05

@@ -17,7 +17,6 @@ from diffax import samplers
 from diffax import schedules
 from diffax.build import ConfigError
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 RANDOM = np.random.default_rng(0)
 STD = 0.6
 SHAPE = (8, 8, 3)
@@ -315,7 +314,7 @@ def drawn(run, *overrides):
   params = jax.tree.map(
     lambda x: 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), run.like.params)
   keys = samplers.sample_keys(0, jnp.arange(2))
-  return np.asarray(jax.jit(drawing.draw, compiler_options=FAST)(
+  return np.asarray(jax.jit(drawing.draw)(
     params, {}, keys, drawing.ask(np.arange(2))))
 
 

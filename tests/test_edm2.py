@@ -15,7 +15,6 @@ from diffax.models import attention as attentions
 
 BATCH, CLASSES = 4, 3
 SIZES = dict(width=16, multipliers=(1, 2), blocks=2, attention=(4,), classes=CLASSES, head=8)
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 def network(**fields):
@@ -32,12 +31,12 @@ def keys():
   return jax.random.split(jax.random.key(2), BATCH)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def start(model, *args):
   return model.init(jax.random.key(0), *args)['params']
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def run(model, params, *args, **kwargs):
   return model.apply({'params': params}, *args, **kwargs)
 
@@ -237,7 +236,7 @@ def edges(model, params, x, t, cond):
 
 
 def test_scan_is_blocks_in_order(params, plain):
-  _, _, out = jax.jit(functools.partial(edges, network()), compiler_options=FAST)(
+  _, _, out = jax.jit(functools.partial(edges, network()))(
     params, *examples())
   assert_close(plain, out, 1e-4)
 
@@ -250,7 +249,7 @@ def test_magnitudes_stay():
   """
   model = network(width=32, blocks=1, attention=(), head=16)
   x, t, cond = examples(side=32)
-  emb, seen, _ = jax.jit(functools.partial(edges, model), compiler_options=FAST)(
+  emb, seen, _ = jax.jit(functools.partial(edges, model))(
     start(model, x, t, cond), x, t, cond)
   found = np.array([magnitude(y) for y in seen])
   assert len(found) == 1 + 3 + 7
@@ -263,7 +262,7 @@ def test_branch_keeps_magnitude():
   x = edm2.normalized(normal(1, 24, 24, 64))
   block = edm2.Block(edm2.Spec(True, 64, 64), 64, 0.0, jnp.float32)
   init = lambda: block.init_with_output(jax.random.key(0), x, normal(1, 8), {})
-  (out, _), _ = jax.jit(init, compiler_options=FAST)()
+  (out, _), _ = jax.jit(init)()
   branch = (0.58**0.5 * out - 0.7 * x) / 0.3
   assert magnitude(branch[:, 2:-2, 2:-2]) == pytest.approx(1, abs=0.06)
 
@@ -285,7 +284,7 @@ def projected(model):
 
 def test_every_tensor_matters(params):
   """Every kernel and every gain, in each block of a stack, has a gradient; none along filters."""
-  grads = jax.jit(jax.grad(projected(network())), compiler_options=FAST)(params)
+  grads = jax.jit(jax.grad(projected(network())))(params)
   kernels = run_diffax.flat(params)
   for name, leaf in run_diffax.flat(grads).items():
     gain = name.endswith('gain')

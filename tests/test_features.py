@@ -16,7 +16,6 @@ from diffax.models import classifier
 from diffax.models import dinov2
 from diffax.models import inception
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 @pytest.fixture(scope='module')
@@ -36,10 +35,6 @@ def saved(path, tensors):
 def error(a, b):
   """Relative to the largest value."""
   return np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
-
-
-def compiled(function, *args):
-  return jax.jit(function).lower(*args).compile(FAST)
 
 
 # --- inception ------------------------------------------------------------------------------------
@@ -72,7 +67,7 @@ def test_inception_parity(inception_features, want):
     assert resized.shape == (2, 299, 299, 3)
     recorded = np.moveaxis(want[f'inception_{name}_resized'], 1, -1)
     np.testing.assert_allclose(resized[:, golden.LEVELS, golden.LEVELS], recorded, atol=3e-6)
-    out = compiled(built.extract, params, golden.images(name))(params, golden.images(name))
+    out = jax.jit(built.extract)(params, golden.images(name))
     assert {a.dtype for a in out} == {jnp.dtype('float32')}
     for field in out._fields:
       assert error(getattr(out, field), want[f'inception_{name}_{field}']) < 1e-5, (name, field)
@@ -86,7 +81,7 @@ def test_every_tensor_of_inception_matters(inception_features):
   def loss(params, x):
     return sum((out**2).sum() for out in inception.Inception().apply({'params': params}, x))
 
-  slopes = compiled(jax.grad(loss), params, x)(params, x)
+  slopes = jax.jit(jax.grad(loss))(params, x)
   flat, _ = jax.tree_util.tree_flatten_with_path(slopes)
   assert len(flat) == 2 * 94 + 1  # Szegedy et al. 2016: 94 convolutions, and the last matrix
   for path, slope in flat:
@@ -111,7 +106,7 @@ def test_dinov2_parity(dinov2_case, want):
   assert built.gives == ('pool', 'spatial')
   for name in golden.SIZES:
     images = golden.images(name)
-    out = compiled(built.extract, params, images)(params, images)
+    out = jax.jit(built.extract)(params, images)
     assert out.logits is None and out.spatial.shape == (2, 16 * 16 * 7)
     for field in ('pool', 'spatial'):
       assert error(getattr(out, field), want[f'dinov2_{kind}_{name}_{field}']) < 1e-5, (name, field)
@@ -121,8 +116,8 @@ def test_every_tensor_of_dinov2_matters(dinov2_case):
   kind, tensors, _, params, _ = dinov2_case
   network = dinov2.network({name: a.shape for name, a in tensors.items()})
   x = jax.random.normal(jax.random.key(0), (1, 28, 42, 3))  # 2 3 patches
-  run = compiled(lambda p, x: jnp.concatenate([a.ravel() for a in network.apply({'params': p}, x)]),
-                 params, x)
+  run = jax.jit(lambda p, x: jnp.concatenate(
+    [a.ravel() for a in network.apply({'params': p}, x)]))
   plain = run(params, x)
   for name in tensors:
     noise = np.float32(0.3 * np.random.default_rng(0).standard_normal(tensors[name].shape))

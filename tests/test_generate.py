@@ -15,7 +15,6 @@ from diffax import sharding
 from diffax import train
 from diffax.build import ConfigError
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 TINY = ('model=test_generate.tiny', 'learning_rate=0.01', 'optimizer.name=sgd', 'optimizer.clip=0.',
         'ema=(0.5,)')
 DIT = ('model.patch=4', 'model.depth=1', 'learning_rate=0.01')
@@ -42,11 +41,6 @@ class Tiny(nn.Module):
     return wave * jnp.tanh(dense('moved')) + dense('still')
 
 
-def fast(function, *arguments):
-  """What the function returns, compiled in a hurry."""
-  return jax.jit(function).lower(*arguments).compile(compiler_options=FAST)(*arguments)
-
-
 @pytest.fixture(scope='module')
 def plain():
   return run_diffax.setup(*TINY)
@@ -69,21 +63,19 @@ def one_loss(run, state):
     return run.task.loss(state.params, state, train._prepared(
       run.task.prepare, state, batch, keys), keys)
 
-  return batch, *fast(losses, state, batch)
+  return batch, *jax.jit(losses)(state, batch)
 
 
 def steps(run, count=3):
   """The states before and after `count` steps, and the losses."""
   task = run.task
-  step = train.make_step(task.loss, run.tx, run.rate, run.config | {'log_every': 1}, task.prepare,
-                         task.update)
+  step = jax.jit(train.make_step(task.loss, run.tx, run.rate, run.config | {'log_every': 1},
+                                 task.prepare, task.update))
   begin = state = train.init(run)
-  batches, losses, compiled = train.batches(run, 0), [], None
+  batches, losses = train.batches(run, 0), []
   with sharding.using(run.mesh):
     for _ in range(count):
-      batch = next(batches)
-      compiled = compiled or jax.jit(step).lower(state, batch).compile(compiler_options=FAST)
-      state, metrics = compiled(state, batch)
+      state, metrics = step(state, next(batches))
       losses.append(float(metrics['loss']))
   batches.close()
   assert np.isfinite(losses).all() and not state.bad
@@ -187,8 +179,8 @@ def test_drawn_together():
   assert counts.sum() == 3 * 32 and (alone.extra['importance'].history > 0).all()
   batch = {'image': jax.random.normal(jax.random.key(0), (32, 8, 8, 1))}
   run = run_diffax.setup(*TINY, *TOGETHER)
-  prepared = fast(lambda batch: run.task.prepare(
-    alone.params, alone, batch, train.example_keys(0, 0, 32)), batch)
+  prepared = jax.jit(lambda batch: run.task.prepare(
+    alone.params, alone, batch, train.example_keys(0, 0, 32)))(batch)
   np.testing.assert_allclose(np.diff(np.sort(prepared['u'])), 1 / 32, atol=1e-6)
   noise = noises.normal(jax.vmap(lambda key: jax.random.split(key, 4)[1])(
     train.example_keys(0, 0, 32)), (8, 8, 1))
@@ -221,7 +213,7 @@ def drawn(run, params, *overrides):
   settings = run_diffax.config(*TINY, *(f'sample.{o}' for o in ('seed=3', *overrides)))['sample']
   drawing = run.task.sample(settings, 'sample')
   keys = samplers.sample_keys(3, jnp.arange(8))
-  pictures = fast(drawing.draw, params, {}, keys, drawing.ask(np.arange(8)))
+  pictures = jax.jit(drawing.draw)(params, {}, keys, drawing.ask(np.arange(8)))
   assert pictures.shape == (8, 8, 8, 1) and np.isfinite(pictures).all()
   return np.asarray(pictures)
 

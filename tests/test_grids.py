@@ -11,7 +11,6 @@ import scipy.stats
 from diffax import grids
 from diffax import schedules
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 SCHEDULES = [
   schedules.cosine(), schedules.ve(), schedules.linear(), schedules.vp(),
   schedules.laplace(), schedules.squared_cosine(),  # whose times near t_max rounding makes one
@@ -44,7 +43,7 @@ def test_every_grid_on_every_schedule(name):
   """As many steps as asked for, falling to 0, finite, asked in [t_min, t_max], also in float32."""
   cases = [(s, n) for s in SCHEDULES[:2] for n in (1, 2, 3, 50, 1000)]
   cases += [(s, n) for s in SCHEDULES[2:] for n in (1, 1000)]
-  run = jax.jit(lambda: [FALLING[name](*case) for case in cases], compiler_options=FAST)
+  run = jax.jit(lambda: [FALLING[name](*case) for case in cases])
   for (schedule, steps), ts in zip(cases, run()):
     assert ts.shape == (steps + 1,) and ts.dtype == jnp.float32
     assert np.isfinite(ts).all() and (np.diff(ts) < 0).all() and ts[-1] == 0
@@ -249,7 +248,7 @@ def optimum(first, last, steps):
   return C * np.sqrt(p / (1 - p))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def fitted(name, steps, key):
   schedule = schedules.ve(0.02, 20.) if name == 've' else getattr(schedules, name)(t_min=0.02)
   x0 = C * jax.random.normal(jax.random.fold_in(key, 1), (64, 256))

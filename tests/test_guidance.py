@@ -21,8 +21,6 @@ VAR, STEPS, BATCH = 0.2, 8, 4
 SAMPLERS = dict(ddim=samplers.ddim(), heun=samplers.heun(), dpmpp_2m=samplers.dpmpp_2m())
 COND = {'mean': jnp.array([[1., 0.5], [-1., 0.], [0.3, 0.3], [2., -1.]])}
 NULL = {'mean': jnp.full((BATCH, 2), 0.25)}
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-fast = functools.partial(jax.jit, compiler_options=FAST)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, 2)), jnp.float32)
 
 
@@ -50,7 +48,7 @@ class Counted:
 def sampled(name, denoise, steps=STEPS):
   schedule = schedules.linear()
 
-  @fast
+  @jax.jit
   def run(rows):
     return samplers.sample(SAMPLERS[name], denoise, rows, X)
 
@@ -109,7 +107,7 @@ def test_a_level_and_a_scale_an_example(bounds):
   level = schedules.linear()(jnp.array([0.05 / 1.05, 0.5, 0.8, 1.])[:, None])
   scale = jnp.array([3., 2., 4., 1.5])[:, None]
   low, high = bounds or (0., np.inf)
-  told = fast(guidance.cfg(exact, COND, NULL, scale, *bounds))(X, level)
+  told = jax.jit(guidance.cfg(exact, COND, NULL, scale, *bounds))(X, level)
   inside = np.array([low <= 0.05, low <= 1 <= high, low <= 4 <= high, high == np.inf])[:, None]
   want = exact(X, level, guided_mean(jnp.where(inside, scale, 1.)))
   for got, true in zip(told[:2], want):
@@ -127,7 +125,7 @@ def test_a_plain_x0_and_a_log_variance(bounds):
   plain = lambda x, level, cond: exact(x, level, cond).x0
   learned = lambda x, level, cond: exact(x, level, cond)._replace(fraction=cond['mean'])
   for denoise in (plain, learned):
-    told = fast(guidance.cfg(denoise, cond, null, 3., *bounds))(x, level)
+    told = jax.jit(guidance.cfg(denoise, cond, null, 3., *bounds))(x, level)
     np.testing.assert_allclose(told.x0, want.x0, atol=1e-5)
     np.testing.assert_allclose(told.eps, want.eps, atol=1e-5)
   np.testing.assert_array_equal(told.fraction, cond['mean'])
@@ -138,7 +136,7 @@ def test_a_network_in_bfloat16():
   def denoise(x, level, cond):
     said = exact(x, level, cond)
     return jax.tree.map(lambda a: a.astype(jnp.bfloat16), said)
-  told = fast(guidance.cfg(denoise, COND, NULL, 3., 0.1, 3.))(X, schedules.linear()(0.5))
+  told = jax.jit(guidance.cfg(denoise, COND, NULL, 3., 0.1, 3.))(X, schedules.linear()(0.5))
   assert told.x0.dtype == told.eps.dtype == jnp.bfloat16
 
 
@@ -195,7 +193,7 @@ OTHER = {'mean': jnp.array([[0., 2.], [1., 1.], [-0.5, 0.], [0.3, 0.7]])}
 def asked(denoise, level, x=X):
   """What a guided network says at a level, under jit, and the batches it is asked in."""
   network = Counted()
-  told = fast(denoise(network))(x, level)
+  told = jax.jit(denoise(network))(x, level)
   jax.effects_barrier()
   return told, network.batches
 
@@ -253,7 +251,7 @@ def test_perturbed(scale, flag):
   """Null and skipped layers in one batch; outside its interval the perturbed branch is left out."""
   keep, low, high = jnp.array([1., 0., 1.]), 0.5, 2.
   network = Layered(flag)
-  denoise = fast(guidance.perturbed(
+  denoise = jax.jit(guidance.perturbed(
       network, COND, NULL, keep, [scale, guidance.limited(4., low, high)], flag))
   whole = COND['mean'] + LAYERS.sum(0)[None]
   for t, inside in [(0.2, False), (0.5, True), (0.9, False)]:
@@ -326,7 +324,7 @@ def test_rescale(of):
   level = schedules.vp()(0.6)
   v = lambda told: of_example(
     told.eps if of == 'eps' else level.alpha * told.eps - level.sigma * told.x0)
-  rescaled = fast(lambda phi: guidance.rescale(field, GOOD, BAD, 6., phi, of)(WIDE, level))
+  rescaled = jax.jit(lambda phi: guidance.rescale(field, GOOD, BAD, 6., phi, of)(WIDE, level))
   plain, guided = field(WIDE, level, GOOD), guidance.cfg(field, GOOD, BAD, 6.)(WIDE, level)
   assert (v(guided).std(1) > 1.1 * v(plain).std(1)).all()
   direction = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
@@ -403,7 +401,7 @@ def test_zero_init():
   for steps, still in [(25, 1), (50, 2)]:
     rows = SAMPLERS['ddim'].plan(schedule, grids.uniform(schedule, steps))
     denoise = guidance.zero_init(guidance.condition(exact, COND), schedule)
-    _, trace = fast(lambda rows, denoise=denoise: samplers.sample(
+    _, trace = jax.jit(lambda rows, denoise=denoise: samplers.sample(
         SAMPLERS['ddim'], denoise, rows, X, trace=1))(rows)
     moved = np.abs(np.asarray(trace) - np.asarray(X)[None]).max((1, 2))
     assert (moved[:still] < 1e-6).all() and (moved[still:] > 1e-3).all(), (steps, moved)
@@ -506,7 +504,7 @@ def test_classifier():
 
   label = jnp.array([0, 1, 2, 0])
   log_prob = lambda x, level: jax.nn.log_softmax(logits(x, level))[jnp.arange(BATCH), label]
-  run = fast(lambda x, level, scale: guidance.classifier(mixture, log_prob, scale)(x, level))
+  run = jax.jit(lambda x, level, scale: guidance.classifier(mixture, log_prob, scale)(x, level))
   for t in (0.05, 0.3, 0.7):
     level = schedule(t)
     none, told, twice = (run(X, level, scale) for scale in (0., 1., 2.))
@@ -569,7 +567,7 @@ def test_dtype_and_fraction(kind, dtype, x64):
     return jax.tree.map(lambda a: a.astype(dtype), said)
   denoise = samplers.lift(KINDS[kind](network))
   level = LINEAR(jnp.array([0.05, 0.5, 0.8, 1.], jnp.float32)[:, None])
-  told, memory = fast(denoise.apply)(X.astype(dtype), level, denoise.init(X.astype(dtype)))
+  told, memory = jax.jit(denoise.apply)(X.astype(dtype), level, denoise.init(X.astype(dtype)))
   assert {a.dtype for a in told} == {jnp.dtype(dtype)}
   assert all(np.isfinite(np.asarray(a, float)).all() for a in told)
   np.testing.assert_array_equal(told.fraction, COND['mean'].astype(dtype))

@@ -19,8 +19,6 @@ from diffax import predictions
 from diffax import samplers
 from diffax import schedules
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-fast = functools.partial(jax.jit, compiler_options=FAST)
 RANDOM = np.random.default_rng(0)
 STD = 0.7
 
@@ -51,7 +49,7 @@ def test_operator(name, x64):
   x = draw(*SHAPE)
   ridge = jnp.array([0.3, 2.]).reshape(2, 1, 1, 1)
 
-  @fast
+  @jax.jit
   def run(x, y, ridge):
     operator = OPERATORS[name]()
     a, back = operator.apply, operator.pinv
@@ -130,7 +128,7 @@ def posterior(y, alpha=0., sigma=1., x=0.):
 def test_pigdm_is_the_posterior_mean(schedule, x64):
   schedule = getattr(schedules, schedule)()
   x, y = draw(4, 3), draw(4, 2)
-  denoise = fast(inverse.pigdm(gaussian, dense(MATRIX), y, NOISE, STD))
+  denoise = jax.jit(inverse.pigdm(gaussian, dense(MATRIX), y, NOISE, STD))
   for t in (0.05, 0.5, 0.95):
     level = schedule(t)
     told = denoise(x, level)
@@ -145,7 +143,7 @@ def test_pigdm_samples_the_posterior(x64):
   schedule, sampler = schedules.ve(), samplers.heun()
   y = jnp.array([[0.8, -0.5]])
 
-  @fast
+  @jax.jit
   def run(rows, x):
     denoise = inverse.pigdm(gaussian, dense(MATRIX), jnp.broadcast_to(y, (4, 2)), NOISE, STD)
     return samplers.sample(sampler, denoise, rows, x)
@@ -168,7 +166,7 @@ def test_pigdm_without_noise(x64):
   x = draw(*SHAPE)
   operator = inverse.mask(KNOWN)
   y = operator.apply(draw(*SHAPE))
-  denoise = fast(inverse.pigdm(gaussian, operator, y, 0., STD))
+  denoise = jax.jit(inverse.pigdm(gaussian, operator, y, 0., STD))
   level = schedules.linear()(0.4)
   np.testing.assert_allclose(
       denoise(x, level).x0, np.where(KNOWN, y, gaussian(x, level)), atol=1e-12)
@@ -179,7 +177,7 @@ def test_dps(x64):
   """For a denoiser c x the gradient is -2 c A^T (y - c A x), by hand."""
   x, y = draw(4, 3), draw(4, 2)
   level = schedules.vp()(0.4)
-  told = fast(inverse.dps(gaussian, dense(MATRIX), y, 0.8))(x, level)
+  told = jax.jit(inverse.dps(gaussian, dense(MATRIX), y, 0.8))(x, level)
   x0 = np.asarray(gaussian(x, level))
   c = float(gaussian(1., level))
   off = np.asarray(y) - x0 @ MATRIX.T
@@ -197,7 +195,7 @@ def test_dps_comes_near_y():
   keys = samplers.sample_keys(0, np.arange(64))
   rows = sampler.plan(schedule, grids.uniform(schedule, 50))
 
-  @fast
+  @jax.jit
   def run(rows, zeta):
     x = noises.normal(keys, (4, 4, 3))
     return samplers.sample(sampler, inverse.dps(gaussian, operator, y, zeta), rows, x)
@@ -225,7 +223,7 @@ def walked(name, method, steps=8):
     ts = grids.karras(schedule, steps)
     rows = sampler.plan(schedule, ts)
     x = samplers.initial(schedule, ts, keys, SHAPE[1:])
-    return fast(lambda rows, x: samplers.sample(
+    return jax.jit(lambda rows, x: samplers.sample(
         sampler, method(gaussian, operator, y), rows, x, keys))(rows, x)
 
   return run, operator, y
@@ -347,7 +345,7 @@ def test_dtype_memory_and_levels(method, dtype, x64):
   denoise = getattr(inverse, method)(
       counting, operator, draw(2, 4, 3, 3).astype(dtype), *more.get(method, ()))
   level = schedules.linear()(jnp.array([0.3, 1.], jnp.float32).reshape(2, 1, 1, 1))
-  @fast
+  @jax.jit
   def twice(x):
     _, memory = denoise.apply(x, level, denoise.init(x))
     return denoise.apply(x, level, memory)
@@ -389,7 +387,7 @@ def test_sdedit_strength():
 def steered(sampler, x, keys, steps):
   schedule = schedules.linear()
   rows = sampler.plan(schedule, grids.karras(schedule, steps))
-  return fast(lambda rows, x: samplers.sample(sampler, gaussian, rows, x, keys))(rows, x)
+  return jax.jit(lambda rows, x: samplers.sample(sampler, gaussian, rows, x, keys))(rows, x)
 
 
 @pytest.mark.parametrize('every', [1, 7])

@@ -18,11 +18,9 @@ from diffax.convert import tensors
 from diffax.models import latent_unet
 
 WANT = np.load(pathlib.Path(golden.__file__).with_suffix('.npz'))
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(model, params, *args, **kwargs):
   return model.apply({'params': params}, *args, **kwargs)
 
@@ -327,7 +325,7 @@ def test_dropout_differs_between_blocks(params, monkeypatch):
   model, found = small(dropout=0.5, remat='none'), []
   monkeypatch.setattr(latent_unet.layers, 'dropout', lambda x, keys, _: found.append(keys) or x)
 
-  @jit
+  @jax.jit
   def told(keys):
     model.apply({'params': params}, *examples(), keys=keys)
     return jnp.stack([jax.random.key_data(k) for k in found])  # [blocks examples words]
@@ -339,7 +337,7 @@ def test_dropout_differs_between_blocks(params, monkeypatch):
 def test_gradients_reach_every_tensor(params):
   model, args = small(), examples()
   loss = lambda params: jnp.mean((model.apply({'params': params}, *args) - 1) ** 2)
-  grads = jit(jax.grad(loss))(params)
+  grads = jax.jit(jax.grad(loss))(params)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     assert np.isfinite(grad).all()
     for g in grad if 'blocks' in sharding.name(path).split('/') else [grad]:  # each layer's
@@ -356,7 +354,7 @@ def test_bfloat16(params, plain):
 def test_starts_at_zero():
   """What is last in a block, a transformer and the network; no other kernel is zero."""
   model = small(blocks=0, attention=(1,))
-  tree = jit(model.init)(jax.random.key(0), *examples())['params']
+  tree = jax.jit(model.init)(jax.random.key(0), *examples())['params']
   kernels = {
     sharding.name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -380,7 +378,7 @@ def test_any_mesh():
   split = jax.tree.map(jax.device_put, params, places)
   args = jax.device_put(examples(), sharding.batch(mesh))
   with sharding.using(mesh):
-    out = jit(lambda params, *args: model.apply({'params': params}, *args))(split, *args)
+    out = jax.jit(lambda params, *args: model.apply({'params': params}, *args))(split, *args)
   assert_close(out, run(model, params, *examples()), 1e-5)
 
 

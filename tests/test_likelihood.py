@@ -15,7 +15,6 @@ from diffax import predictions
 from diffax import samplers
 from diffax import schedules
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 X = gaussians.quantiles(7, 1.5)
 EXACT, SKETCH = likelihood.exact(), likelihood.hutch_pp(4)
 
@@ -64,7 +63,7 @@ def jacobian(matrix, x):
   return steep[..., None] * np.asarray(matrix)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def run(trace, matrix, x, keys):
   return trace(curved(matrix), x, keys)
 
@@ -122,7 +121,7 @@ def test_hutch_pp_is_unbiased_and_narrower():
   f = lambda x: jnp.einsum('bij,bj->bi', matrix, x)
   x = jnp.zeros((400, 12))
   def estimate(trace):
-    run = jax.jit(lambda keys: trace(f, x, keys)[1].mean(1), compiler_options=FAST)
+    run = jax.jit(lambda keys: trace(f, x, keys)[1].mean(1))
     return np.asarray(run(keys_of(400)), float)
   found, plain = estimate(likelihood.hutch_pp(2)), estimate(likelihood.hutchinson(6))
   truth = (4.**-np.arange(12.)).sum()
@@ -142,7 +141,7 @@ def test_an_examples_probes_are_its_own(trace):
 # --- the probability flow -------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def along(name, kind, ts, x, trace):
   schedule, data = make(name), getattr(gaussians, kind)()
   return likelihood.ode_log_likelihood(denoiser(data), schedule, x, ts, keys_of(x.shape[0]), trace)
@@ -204,7 +203,7 @@ def test_adaptive_likelihood_meets_its_tolerance(x64):
   for tolerance in (1e-4, 1e-7):
     run = jax.jit(lambda x, tolerance=tolerance: likelihood.adaptive_log_likelihood(
         denoiser(gaussians.mixture()), schedule, x, keys_of(7), likelihood.exact(),
-        rtol=tolerance, atol=tolerance), compiler_options=FAST)
+        rtol=tolerance, atol=tolerance))
     errors.append(np.abs(run(jnp.asarray(X))[:, 0] - expected('cosine', 'mixture')).max())
     assert errors[-1] < 30 * tolerance
   assert errors[1] < errors[0] / 30
@@ -215,7 +214,7 @@ def test_a_stiff_example_changes_no_other():
   schedule = schedules.linear(t_min=1e-3)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 
-  @functools.partial(jax.jit, static_argnums=1, compiler_options=FAST)
+  @functools.partial(jax.jit, static_argnums=1)
   def run(width, max_steps=300):
     var = width[:, None]**2
     def denoise(x, level):
@@ -245,8 +244,7 @@ def test_likelihood_of_images_and_a_low_dtype(trace):
     seen.append((x.dtype, level.alpha.shape))
     return (level.alpha * x).astype(x.dtype)  # of unit Gaussian data
   run = jax.jit(lambda: likelihood.ode_log_likelihood(
-      denoise, schedule, x, grids.uniform(schedule, 4), keys_of(2), trace),
-      compiler_options=FAST)
+      denoise, schedule, x, grids.uniform(schedule, 4), keys_of(2), trace))
   found = run()
   assert {d for d, _ in seen} == {jnp.dtype('bfloat16')} and {s for _, s in seen} == {(2, 1, 1, 1)}
   assert found.dtype == jnp.float32
@@ -282,7 +280,7 @@ def gap(bound, x0):
   return [float(v) / 64 for v in likelihood.mean_and_error(bound.total - nats)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def discrete(denoise, ts, decoder):
   return likelihood.variational_bound(
       denoise, COSINE, gaussian_data(), ts, keys_of(EXAMPLES), decoder)
@@ -328,8 +326,7 @@ def test_bound_is_the_likelihood_where_the_reverse_is_exact():
 
 def test_continuous_bound_is_the_likelihood_of_gaussian_data():
   run = jax.jit(lambda: likelihood.continuous_bound(
-      wiener, COSINE, gaussian_data(), keys_of(EXAMPLES), likelihood.gaussian(), 64),
-      compiler_options=FAST)
+      wiener, COSINE, gaussian_data(), keys_of(EXAMPLES), likelihood.gaussian(), 64))
   bound = run()
   value, error = gap(bound, gaussian_data())
   assert abs(value) < 4 * error + 1e-3 and error < 0.02
@@ -351,7 +348,7 @@ def test_a_worse_denoiser_has_a_worse_bound():
     last = COSINE(1. / steps)
     np.testing.assert_allclose(bound.diffusion, 64 * offset**2 / last.nsr**2 / 2, rtol=1e-2)
   run = jax.jit(lambda: likelihood.continuous_bound(
-      truth, COSINE, x0, keys_of(EXAMPLES), likelihood.gaussian(), 64), compiler_options=FAST)
+      truth, COSINE, x0, keys_of(EXAMPLES), likelihood.gaussian(), 64))
   diffusion = run().diffusion
   np.testing.assert_allclose(diffusion.mean(), 64 * offset**2 / level.nsr**2 / 2, rtol=0.02)
 
@@ -364,7 +361,7 @@ def test_bound_of_8_bit_data(t_min, nats):
   x0 = jnp.array([[0., 100., 128., 200., 255.]] * 2) / 127.5 - 1
   schedule = schedules.cosine(t_min=t_min)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def run(x0):
     return likelihood.variational_bound(
         lambda x, level: x0, schedule, x0, grids.log_snr(schedule, 4), keys_of(2),

@@ -32,7 +32,6 @@ from diffax.convert import text
 
 HERE = pathlib.Path(golden.__file__)
 WANT = np.load(HERE.with_suffix('.npz'))
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 FAMILIES = dict(
   unet=latent_unet, transformer=dit, vae=autoencoder, text_encoder=text, text_encoder_2=text)
 
@@ -185,7 +184,7 @@ def drawing(monkeypatch, path, name):
   index = np.arange(2)
   keys = samplers.sample_keys(0, index)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def draw(params, frozen, asked):
     picture = drawn.draw(params, frozen, keys, asked)
     return kept.pop(), picture

@@ -19,7 +19,6 @@ from diffax.convert import tensors
 from diffax.models import dit
 from diffax.models import layers
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 RECORDED = np.load(pathlib.Path(golden.__file__).with_suffix('.npz'))
 DEPTH, BATCH, WIDTH = 2, 4, 48
 
@@ -41,7 +40,7 @@ def shapes(model, *args):
   return jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args)['params'], *args)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def run(model, params, *args, **kwargs):
   return model.apply({'params': params}, *args, **kwargs)
 
@@ -80,7 +79,7 @@ def every_tensor_matters(model, params, *args):
     out = model.apply({'params': params}, *args)
     return jnp.sum(out * jax.random.normal(jax.random.key(5), out.shape))
 
-  gradient = jax.jit(jax.grad(projected), compiler_options=FAST)(params)
+  gradient = jax.jit(jax.grad(projected))(params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
     name = sharding.name(path)
     for layer in range(DEPTH) if name.startswith('blocks/') else [...]:
@@ -295,7 +294,7 @@ def test_masked_text_is_not_there(params):
 def test_starts_at_identity(modulation):
   """At the start no block adds anything, text or none, whatever lies at the end."""
   model, args = network(modulation=modulation), examples()
-  params = jax.jit(lambda: model.init(jax.random.key(0), *args)['params'], compiler_options=FAST)()
+  params = jax.jit(lambda: model.init(jax.random.key(0), *args)['params'])()
   np.testing.assert_array_equal(run(model, params, *args), 0)
   live = drawn(params)
   zero = {'blocks': params['blocks']} | (
@@ -421,13 +420,13 @@ def test_mesh():
   def loss(params, *args):
     return jnp.mean(model.apply({'params': params}, *args) ** 2)
 
-  want, gradient = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(params, *args)
+  want, gradient = jax.jit(jax.value_and_grad(loss))(params, *args)
   mesh = sharding.make_mesh(axes)
   places = sharding.parameters(params, mesh, sharding.RULES)
   assert 'tensor' in places['blocks']['cross']['query']['kernel'].spec
   split, rows = jax.device_put(params, places), jax.device_put(args, sharding.batch(mesh))
   with sharding.using(mesh):
-    found, other = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(split, *rows)
+    found, other = jax.jit(jax.value_and_grad(loss))(split, *rows)
   assert_close(found, want)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other), jax.tree.leaves(gradient)):
     if not cancels(model, sharding.name(path)):  # 0 but for rounding

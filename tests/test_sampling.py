@@ -15,7 +15,7 @@ from diffax import samplers
 from diffax import schedules
 import gaussians
 from sampler_cases import (
-    BATCH, CASES, FAST, GAUSSIAN, MIXTURE, NOISY, ROWS, calls, eagerly, interior,
+    BATCH, CASES, GAUSSIAN, MIXTURE, NOISY, ROWS, calls, eagerly, interior,
     made, planned, times, walk)
 
 
@@ -75,7 +75,7 @@ def test_consistent_under_refinement(name):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2)), jnp.float32)
   keys = samplers.sample_keys(0, np.arange(64))
 
-  @functools.partial(jax.jit, static_argnums=1, compiler_options=FAST)
+  @functools.partial(jax.jit, static_argnums=1)
   def run(rows, noise):
     denoise = lambda x, level: gaussians.estimate(GAUSSIAN, x, level)
     return samplers.sample(sampler, denoise, rows, x, keys, noise=noise)
@@ -107,7 +107,7 @@ def test_a_sample_is_the_same_alone(name, x64):
   np.testing.assert_allclose(eight[7:], draw([7]), atol=1e-12, rtol=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def keyed(name, rows, x, keys):
   def denoise(x, level):
     said = gaussians.estimate(MIXTURE, x, level)

@@ -32,8 +32,6 @@ NOT_PRESERVING = (
     'shift_of_ve', 'shift_tokens', 'truncate')
 SOME = ('linear', 'cosine', 'vp', 've', 'zero_snr_of_table', 'learned', 'laplace')
 WITH_GRIDS = ('linear', 'cosine', 'vp', 've')
-# Programs of a millisecond, compiled for a second: most of the tests' time is XLA's.
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 def inner_times(schedule, count=9):
@@ -42,7 +40,7 @@ def inner_times(schedule, count=9):
 
 
 def compiled(function, *args):
-  return jax.jit(function).lower(*args).compile(FAST)(*args)
+  return jax.jit(function)(*args)
 
 
 def slope(function, t):

@@ -17,7 +17,6 @@ from diffax.convert import tensors
 from diffax.convert import text as convert
 from diffax.models import text
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 WANTED = np.load(pathlib.Path(golden.__file__).with_suffix('.npz'))
 SAID = json.loads(str(WANTED['said']))
 
@@ -37,7 +36,7 @@ def shapes(model):
   return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))['params']
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def run(model, params, tokens, mask=None):
   return model.apply({'params': params}, tokens, mask)
 
@@ -45,7 +44,7 @@ def run(model, params, tokens, mask=None):
 @functools.cache
 def fresh(model):
   init = lambda: model.init(jax.random.key(0), jnp.zeros((1, model.length), int))['params']
-  return jax.jit(init, compiler_options=FAST)()
+  return jax.jit(init)()
 
 
 def put(path, names):
@@ -221,7 +220,7 @@ def test_gradient_reaches_every_tensor(tmp_path):
     out = model.apply({'params': params}, golden.tokens())
     return sum((out[k] * weights[k]).sum() for k in out)
 
-  grads = jax.jit(jax.grad(total), compiler_options=FAST)(params)
+  grads = jax.jit(jax.grad(total))(params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     for norm in np.linalg.norm(leaf.reshape(golden.DEPTH if 'blocks' in name else 1, -1), axis=1):
@@ -276,7 +275,7 @@ def test_remat_and_half_precision():
       out = model.apply({'params': params}, tokens)
       return (out['text'] ** 2).sum() + (out['pooled'] ** 3).sum()
 
-    return jax.jit(jax.grad(total), compiler_options=FAST)(fresh(network(skip=1)))
+    return jax.jit(jax.grad(total))(fresh(network(skip=1)))
 
   a, b = gradient(network(skip=1)), gradient(network(skip=1, remat='nothing_saveable'))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), a, b)
@@ -305,7 +304,7 @@ def test_learns_from_scratch():
 
   adam = optax.adam(2e-3)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def train(params):
     def step(carry, i):
       key = jax.random.fold_in(jax.random.key(2), i)

@@ -19,7 +19,6 @@ from diffax.convert import autoencoder as stored
 from diffax.convert import tensors
 from diffax.data import sources
 
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 CAPTIONS = ('red square', 'green square', 'blue square', 'grey square')
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (127, 127, 127))
 
@@ -55,7 +54,7 @@ def losses(run, params, caption=None):
   keys = train.example_keys(0, 0, 8)
   state = run.like.replace(params=params)
   return np.asarray(jax.jit(
-    lambda params, batch: run.task.loss(params, state, batch, keys)[0], compiler_options=FAST
+    lambda params, batch: run.task.loss(params, state, batch, keys)[0]
   )(params, batch))
 
 
@@ -130,7 +129,7 @@ def drawn(run, params, *overrides):
   drawing = run.task.sample(settings, 'sample')
   keys = samplers.sample_keys(0, jnp.arange(4))
   asked = drawing.ask(np.arange(4))
-  found = jax.jit(drawing.draw, compiler_options=FAST)(params, {}, keys, asked)
+  found = jax.jit(drawing.draw)(params, {}, keys, asked)
   return np.asarray(found), drawing.said(np.arange(4))
 
 

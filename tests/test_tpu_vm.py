@@ -508,7 +508,7 @@ def test_watch_tells_a_mistake(shared):
 
 # --- a training run -------------------------------------------------------------------------------
 
-ENV = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+ENV = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': run_diffax.flags(1),
        'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 STEPS = 40
 TRAIN = ('python', '-m', 'diffax.main', '--config=tests/run_diffax.py', '--config.log_every=1',

@@ -18,11 +18,9 @@ from diffax.models import layers
 from diffax.models import unet
 
 WANT = np.load(pathlib.Path(golden.__file__).with_suffix('.npz'))
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(model, params, *args, **kwargs):
   return model.apply({'params': params}, *args, **kwargs)
 
@@ -149,7 +147,7 @@ def reference(name):
     return jnp.sum(out * weights), out
 
   params, read = reference_params(name, shapes(model, *args))
-  return params, read, jit(jax.grad(project, has_aux=True))
+  return params, read, jax.jit(jax.grad(project, has_aux=True))
 
 
 @pytest.mark.parametrize('name', golden.MODELS)
@@ -301,7 +299,7 @@ def test_scan_is_blocks_in_order(monkeypatch):
     return [one._replace(name=f'{prefix}_block{i}') for i, one in enumerate(found)]
 
   monkeypatch.setattr(unet, 'runs', one_by_one)
-  alone = jit(lambda params: model.apply({'params': params}, *args, keys=keys()))
+  alone = jax.jit(lambda params: model.apply({'params': params}, *args, keys=keys()))
   assert_close(want, alone(apart(params)), rtol=1e-5)
 
 
@@ -384,7 +382,7 @@ def test_dropout_differs_between_blocks():
 def started():
   """(model, params as they start)."""
   model = unet.unet(32, (1,), 2)
-  return model, jit(model.init)(jax.random.key(0), *examples())['params']
+  return model, jax.jit(model.init)(jax.random.key(0), *examples())['params']
 
 
 def test_starts_at_zero():
@@ -414,7 +412,7 @@ def test_remat_changes_nothing():
   def traced(remat):
     model = unet.unet(**dict(SMALL, blocks=1), remat=remat)
     loss = lambda params: jnp.mean(model.apply({'params': params}, *args) ** 2)
-    return jit(jax.value_and_grad(loss)).trace(drawn(shapes(model, *args)))
+    return jax.jit(jax.value_and_grad(loss)).trace(drawn(shapes(model, *args)))
 
   params = drawn(shapes(unet.unet(**dict(SMALL, blocks=1)), *args))
   kept, remat = traced('dots_saveable'), traced('nothing_saveable')
@@ -459,9 +457,8 @@ def test_other_channels():
   assert not any('attention' in path for path in paths(tree))
 
 
-def test_trains_through_the_config(monkeypatch):
+def test_trains_through_the_config():
   """On two devices, over which its parameters are split."""
-  monkeypatch.setattr(jax, 'jit', jit)  # compiled in half the time
   overrides = (
     'model.name=unet', 'model.width=16', 'model.multipliers=(1,)', 'model.blocks=1',
     'model.attention=(8,)', 'mesh.fsdp=2',
