@@ -151,7 +151,8 @@ def _tpus(text, name, slices, sizes):
 
 
 KINDS = {'v4': 'v4-8', 'v5e': 'v5litepod-4', 'v5p': 'v5p-8', 'v6e': 'v6e-4'}
-NOWHERE = dict(TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost')  # libtpu is on no TPU VM
+NOWHERE = dict(  # libtpu is on no TPU VM, and holds no chip: two plans may be made at a time
+  TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
 
 
 @contextlib.contextmanager

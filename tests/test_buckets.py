@@ -69,7 +69,7 @@ def test_sizes_are_read_from_headers_once(folder, monkeypatch):
   files = sources.folder(str(folder))
   sources._file_sizes.cache_clear()
   load = Image.open
-  monkeypatch.setattr(Image, 'open', lambda file: opened.append(file) or load(file))
+  monkeypatch.setattr(Image, 'open', lambda file, **told: opened.append(file) or load(file, **told))
   monkeypatch.setattr(Image.Image, 'load', None)  # no pixel is decoded
   monkeypatch.setattr('PIL.ImageFile.ImageFile.load', None)
   for _ in range(2):

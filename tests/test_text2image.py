@@ -1,6 +1,7 @@
 """Text to image: from captions to conditions, in training, in sampling and at the door; latents."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -363,6 +364,27 @@ def test_packed_captions(tmp_path):
   write()
   with pytest.raises(ValueError, match='names index 9'):
     sources.captioned(tmp_path, 'train')
+
+
+def test_a_picture_that_is_a_program(tmp_path, monkeypatch):
+  """PostScript by the name of a PNG, which Pillow would hand to Ghostscript."""
+  from PIL import EpsImagePlugin
+
+  run = tmp_path / 'gs'
+  run.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+  run.chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+  monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # looked for anew
+  script = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n'
+  (tmp_path / 'a.png').write_bytes(script)
+  with Image.open(tmp_path / 'a.png') as image, pytest.raises(OSError):
+    image.load()
+  assert (tmp_path / 'ran').exists()  # so it would be
+  (tmp_path / 'ran').unlink()
+  with pytest.raises(ValueError, match='not those of PNG'):
+    sources.decode(script, 3)
+  assert not (tmp_path / 'ran').exists()
+  assert sources._file_size(str(tmp_path / 'a.png')) == (0, 0)
 
 
 def test_a_picture_that_says_it_is_huge():

@@ -39,6 +39,7 @@ from diffax.data import parts
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 DIGITS = 'zero one two three four five six seven eight nine'.split()
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')  # the same: some others would start programs, as EPS does
 PIXELS = 10**8  # of an image file, at the most
 CAPTIONS = 'captions.jsonl'
 ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of `arrays`
@@ -267,7 +268,8 @@ def _file_sizes(files):
 def _file_size(name):
   from PIL import Image
   try:
-    with epath.Path(name).open('rb') as file, Image.open(file) as image:
+    with epath.Path(name).open('rb') as file, Image.open(
+        file, formats=FORMATS) as image:
       return image.height, image.width
   except Exception:  # of many kinds
     return 0, 0
@@ -284,10 +286,16 @@ def _read_file(files, labels, channels, i):
 def decode(data, channels):
   """Bytes of an image file -> uint8 [h w c]; raises where they are broken or hold more than 8 bits.
 
-  An alpha channel is dropped and the EXIF orientation ignored, as is usual with training sets.
+  What the bytes are is told by themselves, whatever the file's name says: one of FORMATS. An alpha
+  channel is dropped and the EXIF orientation ignored, as is usual with training sets.
   """
   from PIL import Image
-  with Image.open(io.BytesIO(data)) as image:
+  from PIL import UnidentifiedImageError
+  try:
+    opened = Image.open(io.BytesIO(data), formats=FORMATS)
+  except UnidentifiedImageError:  # whose own words name an object of Python
+    raise ValueError(f'its bytes are not those of {", ".join(FORMATS)}') from None
+  with opened as image:
     if image.width * image.height > PIXELS:  # a small file may say it is huge, to fill the memory
       raise ValueError(f'{image.width} x {image.height} are more than {PIXELS} pixels: make it '
                        'smaller, if it is to be trusted')
