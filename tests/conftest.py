@@ -8,7 +8,7 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Programs of a millisecond, compiled for a minute: without LLVM's passes it is a half of that.
-# Flags of $XLA_FLAGS come later and win: --xla_backend_optimization_level=3 is what users have.
+# Flags of $XLA_FLAGS come later and win: 3 and false are what users have.
 QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{QUICK} {os.environ.get("XLA_FLAGS", "")}'.strip()

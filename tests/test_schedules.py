@@ -39,10 +39,6 @@ def inner_times(schedule, count=9):
   return np.geomspace(schedule.t_min, schedule.t_max, count + 2)[1:-1]
 
 
-def compiled(function, *args):
-  return jax.jit(function)(*args)
-
-
 def slope(function, t):
   return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
 
@@ -77,10 +73,10 @@ def test_float32(name):
   schedule = MEMBERS[name]
   t = schedule.t_max * np.append(1 - 2.**-np.arange(1, 21), np.geomspace(1e-3, 0.4, 20))
   t = t.astype(np.float32)
-  lam = np.asarray(compiled(lambda t: schedule(t).lam, t))
+  lam = np.asarray(jax.jit(lambda t: schedule(t).lam)(t))
   with jax.enable_x64(True):
-    exact, rate = map(np.asarray, compiled(
-        lambda t: (schedule(t).lam, slope(lambda t: schedule(t).lam, t)), np.float64(t)))
+    exact, rate = map(np.asarray, jax.jit(
+        lambda t: (schedule(t).lam, slope(lambda t: schedule(t).lam, t)))(np.float64(t)))
   rounding = 2.**-23 * (2 + np.abs(exact) + np.abs(rate) * t)
   assert lam.dtype == np.float32 and exact.dtype == np.float64
   assert (np.abs(lam - exact) <= 4 * rounding).all(), (np.abs(lam - exact) / rounding).max()
@@ -102,7 +98,7 @@ def test_rates_and_inverse(name, x64):
     back = jnp.stack([inverse(lam(t)), *jax.jvp(first, (lam(t),), (jnp.ones_like(t),))])
     return given, jnp.stack(finite), back, jnp.stack([t, 1 / rate, -bend / rate**3])
 
-  given, finite, back, expected = compiled(all_of, jnp.asarray(inner_times(schedule)))
+  given, finite, back, expected = jax.jit(all_of)(jnp.asarray(inner_times(schedule)))
   np.testing.assert_allclose(given, finite, rtol=1e-6, atol=1e-8)
   np.testing.assert_allclose(back[0], expected[0], rtol=1e-11)
   np.testing.assert_allclose(back[1], expected[1], rtol=1e-7)
@@ -140,7 +136,7 @@ def test_sdes(name, x64):
   added; g^2 as in Song et al. 2021, appendix B."""
   schedule = MEMBERS[name]
   t = jnp.linspace(0.01, 1., 50)
-  level, (d_alpha, d_sigma) = compiled(lambda t: (schedule(t), schedules.rates(schedule, t)), t)
+  level, (d_alpha, d_sigma) = jax.jit(lambda t: (schedule(t), schedules.rates(schedule, t)))(t)
   beta = 0. * t if name == 'exponential' else 0.1 + t * (20 - 0.1)
   added = dict(
       vp=beta, sub_vp=beta * (1 - np.exp(-2 * (0.1 * t + 19.9 * t**2 / 2))),
@@ -186,7 +182,7 @@ def test_learned_is_monotone_between_its_ends():
     ends = jnp.stack([params['gamma_min'], params['gamma_max']])
     return schedule(t).lam, schedule.clock(schedule(t)), ends
   t = jnp.linspace(1e-3, 1., 300)
-  lam, clock, ends = compiled(jax.vmap(all_of, (0, None)), jnp.array([0., 1., 3.]), t)
+  lam, clock, ends = jax.jit(jax.vmap(all_of, (0, None)))(jnp.array([0., 1., 3.]), t)
   assert (np.diff(lam) < 0).all() and (np.diff(clock) > 0).all()
   assert np.ptp(ends[:, 0]) > 1
   np.testing.assert_allclose(-2 * lam[:, np.array([0, -1])], ends, rtol=1e-5)
@@ -199,8 +195,8 @@ def test_learned_gradients():
   def total(params, t):
     level = LEARNED.bind(params)(t)
     return level.alpha + 2 * level.sigma
-  gradients = compiled(
-      jax.vmap(jax.grad(total), (None, 0)), params, jnp.array([0., 1e-3, 0.5, 1.]))
+  gradients = jax.jit(
+      jax.vmap(jax.grad(total), (None, 0)))(params, jnp.array([0., 1e-3, 0.5, 1.]))
   for name, gradient in gradients.items():
     assert jnp.isfinite(gradient).all() and (jnp.abs(gradient[0]) < 1e-6).all()
     assert (jnp.abs(gradient[2]) > 0).all(), name
@@ -218,7 +214,7 @@ def test_learned_inverse(x64):
         LEARNED.bind(jax.tree.map(lambda p, d: p + step * d, params, along)), lam)
   def both(step):
     return jnp.stack([times(step), *jax.jvp(lambda step: slope(times, step), (step,), (1.,))])
-  before, now, after = compiled(jax.vmap(both), jnp.array([-1e-4, 0., 1e-4]))
+  before, now, after = jax.jit(jax.vmap(both))(jnp.array([-1e-4, 0., 1e-4]))
   np.testing.assert_allclose(now[1:], (after - before)[:2] / 2e-4, rtol=1e-5)
 
 
@@ -261,7 +257,7 @@ def test_zero_terminal_snr(x64):
   """Lin et al. 2023: no signal in the last row, the first as it was, in between a straight line of
   the old alphas; clean data stay, and so does what ends in noise or preserves no variance."""
   old, new = MEMBERS['scaled_linear'], MEMBERS['zero_snr_of_table']
-  before, after = compiled(lambda t: (old(t), new(t)), np.append(np.arange(1001) / 1000, 0.0004))
+  before, after = jax.jit(lambda t: (old(t), new(t)))(np.append(np.arange(1001) / 1000, 0.0004))
   np.testing.assert_allclose(
       [after.alpha[1000], after.alpha[1], after.alpha[0]], [0., before.alpha[1], 1.], rtol=1e-14)
   straight = np.diff(after.alpha[1:-1]) / np.diff(before.alpha[1:-1])
@@ -269,7 +265,7 @@ def test_zero_terminal_snr(x64):
   np.testing.assert_allclose(after.sigma[-1], before.sigma[-1], rtol=1e-14)
   linear, ve = schedules.zero_terminal_snr(schedules.linear()), MEMBERS['zero_snr_of_ve']
   t = np.append(0., np.geomspace(0.002, 1., 11))
-  linear, ve = compiled(lambda t: (linear(t), ve(80 * t)), t)
+  linear, ve = jax.jit(lambda t: (linear(t), ve(80 * t)))(t)
   np.testing.assert_allclose(linear[1:], [1 - t, t], atol=1e-15)
   np.testing.assert_allclose(ve.alpha**2 + ve.sigma**2, 1 + (80 * t)**2, rtol=1e-12)
   assert ve.alpha[-1] == 0
@@ -365,7 +361,7 @@ def test_inverse_float32(name):
     lam, slope = jax.jvp(lambda t: schedule(t).lam, (t,), (jnp.ones_like(t),))
     return lam, slope, schedules.inverse(schedule, lam)
 
-  lam, slope, back = map(np.asarray, compiled(there_and_back, t))
+  lam, slope, back = map(np.asarray, jax.jit(there_and_back)(t))
   rounding = 2.**-23 * ((np.abs(lam) + 2) / np.abs(slope) + 2 * ('table' in name))
   assert (np.abs(back - t) <= 3 * rounding + 2.**-23 * t).all()
 
@@ -376,7 +372,7 @@ def test_inverse_out_of_range(name):
   schedule = MEMBERS[name]
   lam = jnp.array([jnp.inf, 60., -60., -jnp.inf])
   inverse = lambda lam: schedules.inverse(schedule, lam)
-  t, gradient = compiled(lambda lam: (inverse(lam), jax.grad(lambda l: inverse(l).sum())(lam)), lam)
+  t, gradient = jax.jit(lambda lam: (inverse(lam), jax.grad(lambda l: inverse(l).sum())(lam)))(lam)
   assert jnp.isfinite(t).all() and (jnp.abs(gradient) < 1e-12).all()
   np.testing.assert_allclose(t[:2], 0., atol=1e-12)
   np.testing.assert_allclose(t[2:], schedule.t_end, rtol=1e-6)
@@ -388,7 +384,7 @@ def test_inverse_gradient_in_the_schedule(x64):
   times = lambda beta: schedules.inverse(schedules.vp(beta_max=beta), lam)
   def all_of(beta):
     return times(beta), slope(times, beta), jax.grad(lambda beta: times(beta).sum())(beta)
-  times, slopes, backward = compiled(jax.vmap(all_of), jnp.array([19.999, 20., 20.001]))
+  times, slopes, backward = jax.jit(jax.vmap(all_of))(jnp.array([19.999, 20., 20.001]))
   np.testing.assert_allclose(slopes[1], (times[2] - times[0]) / 0.002, rtol=1e-6)
   np.testing.assert_allclose(backward[1], slopes[1].sum(), rtol=1e-10)
 

@@ -371,7 +371,7 @@ def test_a_picture_that_is_a_program(tmp_path, monkeypatch):
   from PIL import EpsImagePlugin
 
   run = tmp_path / 'gs'
-  run.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+  run.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/ran\n')
   run.chmod(0o755)
   monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
   monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # looked for anew
@@ -379,7 +379,7 @@ def test_a_picture_that_is_a_program(tmp_path, monkeypatch):
   (tmp_path / 'a.png').write_bytes(script)
   with Image.open(tmp_path / 'a.png') as image, pytest.raises(OSError):
     image.load()
-  assert (tmp_path / 'ran').exists()  # so it would be
+  assert '-sOutputFile' in (tmp_path / 'ran').read_text()  # so it would be
   (tmp_path / 'ran').unlink()
   with pytest.raises(ValueError, match='not those of PNG'):
     sources.decode(script, 3)

@@ -38,8 +38,8 @@ import numpy as np
 from diffax.data import parts
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')  # by their bytes; EPS, for one, would start a program
 DIGITS = 'zero one two three four five six seven eight nine'.split()
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')  # the same: some others would start programs, as EPS does
 PIXELS = 10**8  # of an image file, at the most
 CAPTIONS = 'captions.jsonl'
 ARRAYS = {'images.npy': ('uint8',), 'latents.npy': ('float16', 'float32')}  # of `arrays`
@@ -268,8 +268,7 @@ def _file_sizes(files):
 def _file_size(name):
   from PIL import Image
   try:
-    with epath.Path(name).open('rb') as file, Image.open(
-        file, formats=FORMATS) as image:
+    with epath.Path(name).open('rb') as file, Image.open(file, formats=FORMATS) as image:
       return image.height, image.width
   except Exception:  # of many kinds
     return 0, 0

@@ -4,9 +4,9 @@
       --latent runs/emoji_latent --upscale runs/emoji_upscale [--only guidance ...]
 
 Cells are samples of one command a row, or a few rows with a prompt each, `python -m diffax.main
---workdir RUN --mode sample ...`; rows of a figure begin with the same noise. The pictures that
-edits begin with are real ones of the test split, written to OUT/given. Prompts are captions that
-training has not seen: of the test split, or left out by the config.
+--workdir RUN --mode sample ...`; rows that are a command each begin with the same noise. The
+pictures that edits begin with are real ones of the test split, written to OUT/given. Prompts are
+captions that training has not seen: of the test split, or left out by the config.
 """
 
 import argparse
