@@ -9,7 +9,7 @@ import pytest
 
 from diffax import predictions
 from diffax import schedules
-from test_schedules import MEMBERS, compiled
+from test_schedules import MEMBERS
 
 SCHEDULES = ('linear', 'cosine', 'vp', 've')
 ENDS = (*SCHEDULES, 'trigflow', 'zero_snr_of_table', 'shift')
@@ -70,7 +70,7 @@ def test_every_prediction_to_every_other(name, x64):
     near = [t * (1 - 1e-5), t, t * (1 + 1e-5)]
     return [schedule(s) for s in near], [schedule.own(s) for s in (near[0], near[2])], {
         p: make(p, schedule).row(schedule(t)) for p in PREDICTIONS}
-  levels, own, rows = jax.tree.map(np.asarray, compiled(rows, t))
+  levels, own, rows = jax.tree.map(np.asarray, jax.jit(rows)(t))
   x, said = papers(levels, own, x0, eps)
   told, wrong, ratio, converted = convert(levels[1], rows, x, said, error)
   for p in PREDICTIONS:
@@ -99,7 +99,7 @@ def test_ends(name):
     return {p: there_and_back(make(p, schedule)) for p in PREDICTIONS}
 
   for t in (jnp.zeros(()), jnp.asarray(schedule.t_max, float)):
-    for p, (told, gradient) in compiled(ends, t).items():
+    for p, (told, gradient) in jax.jit(ends)(t).items():
       assert np.isfinite(gradient).all(), (p, t)
       silent_x0 = t and p in NO_X0 and name not in ('vp', 've')
       silent_eps = not t and p == 'x0'
@@ -116,9 +116,8 @@ def test_gradients(name):
   def total(t, out, x):
     told = [predictions.solve(make(p, schedule), out, x, schedule(t)) for p in PREDICTIONS]
     return sum((e.x0**2 + e.eps**2).sum() for e in told)
-  gradients = compiled(
-      jax.vmap(jax.grad(total, (0, 1, 2)), (0, None, None)), ts, jnp.ones(3),
-      jnp.linspace(-1., 1., 3))
+  gradients = jax.jit(jax.vmap(jax.grad(total, (0, 1, 2)), (0, None, None)))(
+      ts, jnp.ones(3), jnp.linspace(-1., 1., 3))
   assert all(np.isfinite(g).all() for g in gradients)
 
 
