@@ -329,7 +329,7 @@ def _encoded(work, frozen, lists, watch):
   read = pipeline.ordered(
     work.source, np.concatenate(lists), size=data['size'] or None, on_error=data['on_error'],
     tokenize=work.tokenize, workers=data['workers'])
-  encode, waiting = jax.jit(work.encode), collections.deque()
+  encode, waiting = sharding.jit(work.encode, work.mesh), collections.deque()
 
   def place(found):
     index, label, image = (found.pop(name) for name in ('index', 'label', 'image'))

@@ -1,11 +1,13 @@
 """Sampling from a trained state, any count on any batch size, over the mesh."""
 
+from functools import partial
 import io
 import json
 
 import jax
 import numpy as np
 
+from diffax import casts
 from diffax import checkpoint
 from diffax import ema
 from diffax import hosts
@@ -75,11 +77,13 @@ def program(run, settings, path, drawing=None):
   drawing = drawing or run.task.sample(settings, path)
   batch = sharding.batch(run.mesh)
 
-  @jax.jit
+  @partial(sharding.jit, mesh=run.mesh)
   def generate(params, frozen, index, asked):
     lay = lambda x: jax.lax.with_sharding_constraint(x, batch)
     index, asked = lay(index), jax.tree.map(lay, asked)
-    return drawing.draw(params, frozen, samplers.sample_keys(settings['seed'], index), asked)
+    keys = samplers.sample_keys(settings['seed'], index)
+    draw = casts.once(lambda held, *args: drawing.draw(*held, *args))
+    return draw((params, frozen), keys, asked)
 
   index = np.arange(sharding.whole(settings['batch_size'], run.mesh), dtype=np.int32)
   arguments = like, run.like.frozen, index, drawing.ask(index)

@@ -14,6 +14,7 @@ On several slices, which a slower network joins, `data` and then `fsdp` run over
 
 import contextlib
 import math
+import os
 import re
 
 from absl import logging
@@ -41,6 +42,14 @@ RULES = (  # of what a `columns` makes, its `rows` makes one sum again
   (r'.*', 'fsdp'),
 )
 SMALLEST = 2**12  # elements; what is smaller stays whole on each device
+OPTIONS = {  # of XLA, by platform; experiments/scaling and experiments/throughput say what they save
+  # Products with gathered parameters stay whole. As a loop over the parts ("windowed einsum", Wang
+  # et al. 2023, ASPLOS), which hides the gathering, they read and write activations for each part.
+  'tpu': {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 10**6},
+  # cuBLASLt adds a bias, and takes GELU, within the product; each is a kernel beside Triton's. And
+  # products of one operand stay apart: to merge those of all blocks gathers all parameters first.
+  'gpu': {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_dot_merger_threshold_mb': 0},
+}
 
 
 # --- the mesh -------------------------------------------------------------------------------------
@@ -104,6 +113,18 @@ def using(mesh, attention='auto'):
   """Within it, models lay out their activations on `mesh`. attention: see `models.attention`."""
   with jax.set_mesh(mesh), layers.layout(ACTIVATIONS), attentions.using(attention):
     yield
+
+
+def jit(function, mesh, **options):
+  """`jax.jit` of a program of networks on `mesh`, with what its compiler had better be told."""
+  return jax.jit(function, compiler_options=compiler_options(mesh), **options)
+
+
+def compiler_options(mesh):
+  """XLA's options for programs of a mesh, {name: value}; flags in the environment win."""
+  said = ' '.join(os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'))
+  options = OPTIONS.get(mesh.devices.flat[0].platform, {})
+  return {name: value for name, value in options.items() if f'--{name}=' not in said}
 
 
 def parts(mesh):

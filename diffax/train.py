@@ -248,7 +248,8 @@ def traced_steps(run, attention=''):
     task.loss, run.tx, run.rate, run.config, task.prepare, task.update, updates.of(task))
   traced = {}
   with sharding.using(run.mesh, attention or run.config['attention']):
-    jitted = jax.jit(step, out_shardings=(place, sharding.replicated(run.mesh)), donate_argnums=0)
+    out = place, sharding.replicated(run.mesh)
+    jitted = sharding.jit(step, run.mesh, out_shardings=out, donate_argnums=0)
     for shape in batch_shapes(run):
       like = _batch_like(run, shape)
       batch = checkpoint.abstract(like, jax.tree.map(lambda _: sharding.batch(run.mesh), like))

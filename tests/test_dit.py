@@ -417,6 +417,27 @@ def test_sincos_positions():
   assert layers.sincos_positions((2, 2, 2), 12).shape == (8, 12)
 
 
+def test_gelu(x64):
+  """That of Hendrycks & Gimpel 2016, and its derivatives, forwards, backwards and the second."""
+  x = jnp.concatenate([jnp.linspace(-12.0, 12.0, 97), jnp.array([-1e4, 1e4])])
+  plain = lambda x: x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+  each = lambda f: jax.vmap(f)(x)
+  ours, theirs = layers.gelu, plain
+  np.testing.assert_allclose(ours(x), theirs(x), atol=1e-12)
+  for _ in range(2):
+    ours, theirs = jax.grad(ours), jax.grad(theirs)
+    np.testing.assert_allclose(each(ours), each(theirs), atol=1e-12)
+  primal, slope = jax.jvp(layers.gelu, (x,), (jnp.ones_like(x),))
+  np.testing.assert_allclose(primal, plain(x), atol=1e-12)
+  np.testing.assert_allclose(slope, each(jax.grad(plain)), atol=1e-12)
+  half = x.astype(jnp.bfloat16)
+  primal, slope = jax.jvp(layers.gelu, (half,), (jnp.ones_like(half),))
+  assert primal.dtype == slope.dtype == jnp.bfloat16
+  exact = half.astype(float)
+  np.testing.assert_allclose(slope.astype(float), jax.vmap(jax.grad(plain))(exact), atol=2**-8)
+  np.testing.assert_allclose(primal.astype(float), plain(exact), rtol=2**-8, atol=2**-8)
+
+
 def test_attention():
   """Against the sum written out, with scores too large for a softmax taken as it stands."""
   q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4, 8)).astype(np.float32)

@@ -16,7 +16,7 @@ LAYERS = {
   'models': ('models',),
   'data': ('data',),
   'machinery': ('build', 'config', 'sharding', 'hosts', 'checkpoint', 'optim', 'flops', 'log',
-                'images', 'tiles', 'convert', 'chips', 'hlo'),
+                'images', 'tiles', 'convert', 'chips', 'hlo', 'casts'),
   'tasks': ('tasks', 'conditions', 'edits', 'givens', 'latents', 'perceptual', 'texts'),
   'loops': ('train', 'sample', 'evaluate', 'features', 'references', 'replay', 'updates', 'evals',
             'encode', 'export', 'plan'),

@@ -1,6 +1,7 @@
 """One run, any mesh: losses, gradients and updates are the same; every example has its own key."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -191,3 +192,24 @@ def test_rules_that_are_wrong(rules, said):
 def test_mesh_that_does_not_fit(axes):
   with pytest.raises(ConfigError, match='8 devices'):
     sharding.make_mesh(axes)
+
+
+@pytest.mark.parametrize('platform, variable', [('gpu', 'XLA_FLAGS'), ('tpu', 'LIBTPU_INIT_ARGS')])
+def test_options_of_the_compiler(platform, variable, monkeypatch):
+  """Those of the platform; what the environment says of one, wins."""
+  monkeypatch.setenv('XLA_FLAGS', '')
+  monkeypatch.delenv('LIBTPU_INIT_ARGS', raising=False)
+  mesh = types.SimpleNamespace(devices=np.array([[types.SimpleNamespace(platform=platform)]]))
+  options = sharding.compiler_options(mesh)
+  assert options == sharding.OPTIONS[platform] and options
+  first, *rest = options
+  monkeypatch.setenv(variable, f'--xla_other=1 --{first}=7')
+  assert list(sharding.compiler_options(mesh)) == rest
+  assert sharding.compiler_options(sharding.make_mesh({'data': -1})) == {}
+
+
+def test_options_reach_the_compiler(monkeypatch):
+  mesh = sharding.make_mesh({'data': -1})
+  monkeypatch.setattr(sharding, 'OPTIONS', {'cpu': {'xla_cpu_no_such_option': 1}})
+  with pytest.raises(Exception, match='no_such_option'):
+    sharding.jit(lambda x: x + 1, mesh)(jnp.ones(8))

@@ -6,11 +6,16 @@ import math
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
 import pytest
 import run_diffax
 
 from diffax import chips
+from diffax import hlo
 from diffax import plan
+from diffax import sharding
 from diffax import train
 from diffax.build import ConfigError
 from diffax.models import layers
@@ -241,6 +246,23 @@ def test_slices():
   assert found['islands'] == 2 and found['chips'] == 8
   far = sum(row['far_bytes'] for row in found['collectives'].values())
   assert 0 < far <= 4 * found['parameters']
+
+
+@needs_libtpu
+def test_products_stay_whole(monkeypatch):
+  """With parameters that are gathered; flags of one's own win."""
+  monkeypatch.delenv('LIBTPU_INIT_ARGS', raising=False)
+  mesh = sharding.make_mesh({'fsdp': 8}, chips.topology('v5e:2x4').devices)
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(
+    mesh, P('fsdp')))
+  def sent(x, w):
+    compiled = sharding.jit(lambda x, w: x @ w, mesh).trace(x, w).lower().compile()
+    return {each.kind for each in hlo.collectives(hlo.parse(compiled.as_text()), np.zeros(8))}
+  arrays = like(2**19, 1024), like(1024, 4096)
+  assert sent(*arrays) == {'all-gather'}
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_jf_spmd_threshold_for_windowed_einsum_mib=1')
+  assert sharding.compiler_options(mesh) == {}
+  assert 'collective-permute' in sent(*arrays)
 
 
 @needs_libtpu

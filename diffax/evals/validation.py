@@ -7,7 +7,6 @@ schedule, prediction and weighting a network was trained with, its losses compar
 network that knows no more than the data's mean and deviation has 1 at each level.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +64,7 @@ def validation(
     nsr = level.nsr.reshape(-1)
     return error * (nsr**2 + sigma_data**2) / (nsr * sigma_data) ** 2
 
-  losses = jax.jit(losses)
+  losses = sharding.jit(losses, run.mesh)
 
   def evaluate(state, folder):
     del folder

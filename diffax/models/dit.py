@@ -220,7 +220,7 @@ class Block(nn.Module):
       x += branch(cross(x, told['text'], told.get('text_mask')), jnp.ones((1, 1)), 2)
 
     y = modulate(norm(x), shift_m, scale_m)
-    y = nn.gelu(dense(int(self.mlp_ratio * d), 'mlp_in')(y), approximate=True)
+    y = layers.gelu(dense(int(self.mlp_ratio * d), 'mlp_in')(y))
     y = layers.constrain(y, 'batch', 'tokens', 'hidden')
     x += branch(dense(d, 'mlp_out')(y), gate_m, 1)
     if 'add' in layer:
@@ -368,7 +368,7 @@ class DiT(nn.Module):
         grid, self.width // self.heads, base=self.base, scale=self.interpolation
       )
     if self.text:
-      y = nn.gelu(dense(self.width, 'text_in')(cond['text']), approximate=True)
+      y = layers.gelu(dense(self.width, 'text_in')(cond['text']))
       text = dense(self.width, 'text_out')(y)
       told['text'] = layers.constrain(text, 'batch', None, 'width')
       if 'text_mask' in cond:
