@@ -42,7 +42,7 @@ RULES = (  # of what a `columns` makes, its `rows` makes one sum again
   (r'.*', 'fsdp'),
 )
 SMALLEST = 2**12  # elements; what is smaller stays whole on each device
-OPTIONS = {  # of XLA, by platform; experiments/scaling and experiments/throughput say what they save
+OPTIONS = {  # of XLA, by platform; what they save: experiments/scaling, experiments/throughput
   # Products with gathered parameters stay whole. As a loop over the parts ("windowed einsum", Wang
   # et al. 2023, ASPLOS), which hides the gathering, they read and write activations for each part.
   'tpu': {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 10**6},

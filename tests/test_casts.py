@@ -14,6 +14,7 @@ from diffax import samplers
 from diffax import train
 
 HALF = jnp.bfloat16
+cast = lambda x: x.astype(HALF)
 
 
 def loop(step, count=3):
@@ -25,37 +26,35 @@ def loop(step, count=3):
 
 def inside(params, x):
   """Through a slice, a call, and a loop over layers."""
-  w = jax.jit(lambda w: w.astype(HALF))(params['w'][0])
-  layer = lambda x, w: (x * w.astype(HALF).sum(), None)
+  w = jax.jit(cast)(params['w'][0])
+  layer = lambda x, w: (x * cast(w).sum(), None)
   return jax.lax.scan(layer, x * w, params['layers'])[0]
 
 
 def while_loop(params, x):
-  turn = lambda x: x * params['w'].astype(HALF)[0]
-  return jax.lax.while_loop(lambda x: x.sum() < 100, turn, x)
+  return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x * cast(params['w'])[0], x)
 
 
 def either(params, x):
-  cast = lambda x: x * params['w'].astype(HALF)[0]
-  return jax.lax.cond(x.sum() > 0, cast, lambda x: x, x)
+  return jax.lax.cond(x.sum() > 0, lambda x: x * cast(params['w'])[0], lambda x: x, x)
 
 
 FUNCTIONS = {  # and the leaves that are cast
   'inside': (loop(inside), {'w', 'layers'}),
   'while': (while_loop, {'w'}),
   'branches': (loop(either), {'w'}),
-  'used as it is': (loop(lambda p, x: x * p['w'].astype(HALF)[0] + p['w'].sum().astype(HALF)), {}),
+  'used as it is': (loop(lambda p, x: x * cast(p['w'])[0] + cast(p['w'].sum())), {}),
   'to two dtypes': (
-    loop(lambda p, x: x * p['w'].astype(HALF)[0] * p['w'].astype('float16').sum().astype(HALF)), {}),
-  'widened': (loop(lambda p, x: x * p['half'].astype('float32').sum().astype(HALF)), {}),
-  'integers': (loop(lambda p, x: x * p['count'].astype(HALF)), {}),
-  'in no loop': (lambda p, x: x * p['w'].astype(HALF)[0], {}),
+    loop(lambda p, x: x * cast(p['w'])[0] * cast(p['w'].astype('float16').sum())), {}),
+  'widened': (loop(lambda p, x: x * cast(p['half'].astype('float32').sum())), {}),
+  'integers': (loop(lambda p, x: x * cast(p['count'])), {}),
+  'in no loop': (lambda p, x: x * cast(p['w'])[0], {}),
   'layer by layer': (
-    lambda p, x: jax.lax.scan(lambda x, w: (x * w.astype(HALF)[0], None), x, p['layers'])[0], {}),
+    lambda p, x: jax.lax.scan(lambda x, w: (x * cast(w)[0], None), x, p['layers'])[0], {}),
   'handed out': (lambda p, x: (loop(inside)(p, x), p['w'], p['layers']), {}),
   'carried': (
-    lambda p, x: jax.lax.scan(
-      lambda c, _: ((c[0] * c[1].astype(HALF)[0], c[1] * 1.5), None), (x, p['w']), None, 3)[0][0], {}),
+    lambda p, x: jax.lax.fori_loop(
+      0, 3, lambda i, c: (c[0] * cast(c[1])[0], c[1] * 1.5), (x, p['w']))[0], {}),
 }
 
 

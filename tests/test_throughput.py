@@ -7,12 +7,14 @@ import pathlib
 import signal
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 import run_diffax
 
+from diffax import chips
 from diffax import noises
 from diffax import samplers
 from diffax import train
@@ -22,6 +24,7 @@ EXPERIMENTS = run_diffax.ROOT / 'experiments'
 sys.path.insert(0, str(EXPERIMENTS / 'throughput'))
 import cases  # noqa: E402, after its folder is on the path
 import ours  # noqa: E402
+import program  # noqa: E402
 import report  # noqa: E402
 import side  # noqa: E402
 import table  # noqa: E402
@@ -427,3 +430,52 @@ def test_the_twin_learns():
   first = np.mean([advance(1) for _ in range(5)])
   advance(60)
   assert np.mean([advance(1) for _ in range(5)]) < 0.9 * first
+
+
+# --- a program, read ------------------------------------------------------------------------------
+
+GPU = '''HloModule jit_step, is_scheduled=true, num_partitions=2
+
+%turned (p: f32[1000,100]) -> bf16[100,1000] {
+  %p = f32[1000,100]{1,0} parameter(0)
+  %t = f32[100,1000]{1,0} transpose(%p), dimensions={1,0}
+  ROOT %c = bf16[100,1000]{1,0} convert(%t)
+}
+
+%product (a: f32[1000,100], b: f32[100,10]) -> f32[1000,10] {
+  %a = f32[1000,100]{1,0} parameter(0)
+  %b = f32[100,10]{1,0} parameter(1)
+  ROOT %d = f32[1000,10]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[1000,100], w: f32[100,10], v: bf16[500,1000]) -> bf16[100,1000] {
+  %x = f32[1000,100]{1,0} parameter(0)
+  %w = f32[100,10]{1,0} parameter(1)
+  %v = bf16[500,1000]{1,0} parameter(2)
+  %first = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) all-gather-start(%v), replica_groups={{0,1}}
+  %y = f32[1000,10]{1,0} fusion(%x, %w), kind=kCustom, calls=%product
+  %got = bf16[1000,1000]{1,0} all-gather-done(%first)
+  %second = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) all-gather-start(%v), replica_groups={{0,1}}
+  %again = bf16[1000,1000]{1,0} all-gather-done(%second)
+  %z = bf16[100,1000]{1,0} fusion(%x), kind=kInput, calls=%turned, metadata={op_name="step/turn"}
+  %s = (bf16[100,1000]{1,0}, s8[64]{0}) custom-call(%z, %again), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %out = bf16[100,1000]{1,0} custom-call(%s), custom_call_target="__cudnn$fmhaSoftmax"
+}
+'''  # noqa: E501, a line is an instruction
+
+
+def test_reading():
+  """Products by their dtype, what only moves, and the network that no kernel hides, on paper."""
+  chip = chips.Chip((), half=1e9, single=5e8, bandwidth=1e12, fast=1e9, slow=1e9)
+  topology = types.SimpleNamespace(chip=chip, islands=lambda mesh: np.zeros(2, int))
+  found = program.reading(GPU, topology, None)
+  assert found['fused_attention'] == {'__cudnn$fmhaSoftmax': 1}
+  assert found['product_flops'] == {'f32': 2e6, 'bf16': 2e8}
+  moved = 4 * 10**5 + 2 * 10**5
+  assert found['moving'] == [
+    dict(place='step/turn', does=['convert', 'transpose'], times=1, bytes=moved)]
+  assert found['moving_bytes'] == moved < found['traffic_bytes']
+  each = 1e6 / 1e9  # half of a matrix of 2 MB
+  np.testing.assert_allclose(found['network_seconds'], 2 * each)
+  np.testing.assert_allclose(found['network_alone_seconds'], each)  # a product hides the first
+  np.testing.assert_allclose(found['kernel_seconds'], 0.2 + 4e-3, rtol=1e-4)

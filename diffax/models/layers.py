@@ -331,8 +331,8 @@ def gelu(x):
   """GELU by tanh (Hendrycks & Gimpel 2016, section 2): x (1 + tanh u) / 2,
   u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-  Its derivative is written by sigmoid(2 u) = (1 + tanh u) / 2: of a tanh that a gradient needs twice
-  XLA makes a kernel of its own, and activations go through memory once more.
+  Its derivative is written by sigmoid(2 u) = (1 + tanh u) / 2: of a tanh that a gradient needs
+  twice XLA makes a kernel of its own, and activations go through memory once more.
   """
   return nn.gelu(x, approximate=True)
 

@@ -77,7 +77,9 @@ def timeline(program, chip, sent):
 
   sent: `hlo.collectives`. Kernels run one after the other, collectives too, beside each other.
   """
-  flops = {name: sum(n for _, n in each) for name, each in products(program).items()}
+  rate = lambda dtype: chip.single if dtype == 'f32' else chip.half
+  takes = {name: sum(n / rate(dtype) for dtype, n in each)
+           for name, each in products(program).items()}
   kernels = {k.instruction.name: k.moved for k in hlo.kernels(program)}
   wires = {c.name: c.near / chip.fast + c.far / chip.slow for c in sent}
   clocks = collections.defaultdict(lambda: dict(kernel=0.0, wire=0.0, ends={}))
@@ -93,7 +95,7 @@ def timeline(program, chip, sent):
     elif x.opcode.endswith('-done'):
       wait = max(0.0, clock['ends'].get(x.operands[0], 0.0) - clock['kernel'])
     else:
-      each = max(flops.get(x.name, 0) / chip.half, kernels.get(x.name, 0) / chip.bandwidth)
+      each = max(takes.get(x.name, 0.0), kernels.get(x.name, 0) / chip.bandwidth)
       clock['kernel'] += each
       work += times * each
     clock['kernel'] += wait
