@@ -53,7 +53,7 @@ def configuration(user, host):
     'ProctrackType=proctrack/pgid', 'TaskPlugin=task/none', 'SwitchType=switch/none',
     'JobAcctGatherType=jobacct_gather/none', 'MpiDefault=none', 'ReturnToService=2',
     'SelectType=select/cons_tres', 'SelectTypeParameters=CR_CPU', 'GresTypes=gpu',
-    'SlurmdParameters=config_overrides', 'MessageTimeout=60', 'KillWait=30',
+    'SlurmdParameters=config_overrides', 'MessageTimeout=60', 'KillWait=10',
     'SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2',
     'PreemptType=preempt/partition_prio', 'PreemptMode=REQUEUE',
     *nodes,

@@ -4,6 +4,7 @@ import functools
 import itertools
 import pathlib
 
+import flax.linen as nn
 from golden import dit as golden
 import jax
 import jax.numpy as jnp
@@ -415,6 +416,23 @@ def test_sincos_positions():
     want = [np.sin(w * rate), np.cos(w * rate), np.sin(h * rate), np.cos(h * rate)]
     np.testing.assert_allclose(table[h, w, i::4], want, atol=1e-6)
   assert layers.sincos_positions((2, 2, 2), 12).shape == (8, 12)
+
+
+def test_dense():
+  """Linen's, to the bit; in bfloat16 the bias's gradient is summed in float32."""
+  x = jax.random.normal(jax.random.key(0), (4, 256, 8))
+  ours = layers.Dense(16, dot_general=layers.flat_dot)
+  params = ours.init(jax.random.key(1), x)
+  plain = nn.Dense(16)
+  jax.tree.map(np.testing.assert_array_equal, params, plain.init(jax.random.key(1), x))
+  np.testing.assert_allclose(ours.apply(params, x), plain.apply(params, x), atol=1e-6)
+  half = ours.clone(dtype=jnp.bfloat16)
+  direction = jax.random.uniform(jax.random.key(2), (4, 256, 16), jnp.bfloat16)
+  grad = jax.jit(jax.grad(lambda p: (half.apply(p, x) * direction).sum()))
+  exact = direction.astype(float).sum((0, 1))
+  found = grad(params)['params']['bias']
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
 def test_gelu(x64):

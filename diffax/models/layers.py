@@ -319,11 +319,22 @@ def _unbatched(primitive, *_, **params):
 class Dense(nn.Dense):
   """Linen's, whose result with its bias is what a backward pass finds (`policy`).
 
-  The product alone would else be kept, the bias added twice, and neither fused with the other.
+  The product alone would else be kept, the bias added twice, and neither fused with the other. And
+  the gradient of a bias is a sum over all tokens in the bias's own dtype: in bfloat16, as GPUs
+  would take it, thousands of numbers come to two digits.
   """
 
+  @nn.compact
   def __call__(self, x):
-    return checkpoint_name(super().__call__(x), PRODUCT)
+    shape = x.shape[-1], self.features
+    kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    dot = self.dot_general or jax.lax.dot_general
+    y = dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+    if self.use_bias:
+      bias = self.param('bias', self.bias_init, shape[1:], self.param_dtype)
+      y += jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+    return checkpoint_name(y, PRODUCT)
 
 
 @jax.custom_jvp

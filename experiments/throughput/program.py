@@ -62,14 +62,15 @@ def products(program):
 
 
 def moves(program):
-  """[(what it is for, how, times, bytes each time)] of kernels that compute nothing, by bytes."""
-  found = []
+  """[(what it is for, how, times, bytes in all)] of kernels that compute nothing, by bytes."""
+  found = collections.defaultdict(lambda: [0, 0])
   for instruction, times, moved in hlo.kernels(program):
     does = {x.opcode for x, _ in inside(program, instruction)} or {instruction.opcode}
     if does <= MOVES and does - PREPARED:
       place = re.search(r'op_name="([^"]*)"', instruction.text)
-      found.append((place[1] if place else '', sorted(does - PREPARED), times, moved))
-  return sorted(found, key=lambda each: -each[2] * each[3])
+      row = found[place[1] if place else 'no place is told', tuple(sorted(does - PREPARED))]
+      row[0], row[1] = row[0] + times, row[1] + times * moved
+  return sorted(((*key, *row) for key, row in found.items()), key=lambda each: -each[3])
 
 
 def timeline(program, chip, sent):
@@ -119,8 +120,8 @@ def reading(text, topology, mesh):
   fused = {name: n for name, n in targets.items() if 'fmha' in name}
   return dict(
     fused_attention=fused, product_flops=dict(numbers), traffic_bytes=traffic,
-    moving_bytes=sum(times * size for *_, times, size in moving),
-    moving=[dict(place=place, does=does, times=times, bytes=size)
+    moving_bytes=sum(size for *_, size in moving),
+    moving=[dict(place=place, does=list(does), times=times, bytes=size)
             for place, does, times, size in moving[:8]],
     kernel_seconds=work, network_seconds=wire, network_alone_seconds=waited)
 
@@ -147,8 +148,8 @@ def told(row):
     f'  attention  {fused}',
     '  products   ' + ', '.join(f'{n / 1e12:.4g} TFLOP in {dtype}' for dtype, n in flops.items()),
     f'  moving     {moved:.1%} of {row["traffic_bytes"] / 1e9:.4g} GB in kernels that only move',
-    *(f'             {m["times"] * m["bytes"] / row["traffic_bytes"]:.2%} {", ".join(m["does"])}: '
-      f'{m["place"]}' for m in row['moving'][:4]),
+    *(f'             {m["bytes"] / row["traffic_bytes"]:.2%} {", ".join(m["does"])}, {m["times"]} '
+      f'times: {m["place"]}' for m in row['moving'][:4]),
   ]
   if network:
     alone = row['network_alone_seconds']
