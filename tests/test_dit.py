@@ -435,8 +435,10 @@ def test_dense():
   np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
-def test_gelu(x64):
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_gelu(platform, x64, monkeypatch):
   """That of Hendrycks & Gimpel 2016, and its derivatives, forwards, backwards and the second."""
+  monkeypatch.setattr(layers, 'platform', lambda: platform)
   x = jnp.concatenate([jnp.linspace(-12.0, 12.0, 97), jnp.array([-1e4, 1e4])])
   plain = lambda x: x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
   each = lambda f: jax.vmap(f)(x)
