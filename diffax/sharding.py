@@ -13,6 +13,7 @@ On several slices, which a slower network joins, `data` and then `fsdp` run over
 """
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -124,7 +125,22 @@ def compiler_options(mesh):
   """XLA's options for programs of a mesh, {name: value}; flags in the environment win."""
   said = ' '.join(os.environ.get(name, '') for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'))
   options = OPTIONS.get(mesh.devices.flat[0].platform, {})
-  return {name: value for name, value in options.items() if f'--{name}=' not in said}
+  return {name: value for name, value in options.items()
+          if f'--{name}=' not in said and _known(mesh, name, value)}
+
+
+@functools.cache
+def _known(mesh, name, value):
+  """Whether this version of XLA has the option: they come and go."""
+  number = jax.ShapeDtypeStruct((), 'float32', sharding=replicated(mesh))
+  try:
+    jax.jit(lambda x: x, compiler_options={name: value}).lower(number).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'No such compile option' not in str(error):
+      raise
+    logging.warning('this version of XLA has no option %s: it is left out', name)
+    return False
+  return True
 
 
 def parts(mesh):
