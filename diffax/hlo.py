@@ -214,6 +214,9 @@ def _first(program, computation, loop, place):
 # --- the network ----------------------------------------------------------------------------------
 
 
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
 class Collective(NamedTuple):
   """kind: of `KINDS`. times: a step. near, far: bytes a device sends each time within its island of
   the fast network, and beyond it.
@@ -231,14 +234,19 @@ def collectives(program, island):
 
   island: int [devices], on which fast network each is: a TPU's slice, a host of GPUs. Bytes are
   those of algorithms that send the least: rings, within islands first where a group has several
-  (Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH").
+  (Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH"). What slices
+  of TPUs have to tell each other stands in the program as `send` through their hosts.
   """
   found, begun = [], {}
   every = [x for computation in program.computations.values() for x in computation.values()]
   pieces = {id(inner) for x in every if (inner := fused(program, x))}
   for instruction, computation, times in walk(program, inside=True):
     kind = instruction.opcode.removesuffix('-start')
-    if kind not in KINDS:
+    hosts = instruction.opcode == 'send' and BETWEEN_SLICES.search(instruction.text)
+    if hosts:
+      kind = hosts[1].lower().replace('_', '-').replace('one-to-one', 'collective-permute')
+      found.append(Collective(kind, instruction.name, times, 0.0, _between(instruction, kind)))
+    if kind not in KINDS or hosts:
       continue
     channel = re.search(r'channel_id=(\d+)', instruction.text)
     if channel and id(computation) in pieces:  # a TPU carries one out in several, that all name it
@@ -247,6 +255,19 @@ def collectives(program, island):
     near, far, kind = _sent(program, instruction, computation, kind, np.asarray(island))
     found.append(Collective(kind, instruction.name, times, near, far))
   return found
+
+
+def _between(instruction, kind):
+  """Bytes that a device sends to other slices, each time."""
+  size = instruction.shapes[0].bytes
+  said = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.text)
+  ends = [[int(n) for n in part.split(':')] for part in said[1].split(',')] if said else [[0, 1]]
+  slices = sum(end[-1] - end[0] + 1 for end in ends)
+  if kind == 'all-gather':
+    return float(size * (slices - 1))
+  if kind == 'collective-permute':
+    return float(size)
+  return size * (2 if kind == 'all-reduce' else 1) * (slices - 1) / slices
 
 
 def _sent(program, instruction, computation, kind, island):

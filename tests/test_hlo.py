@@ -191,6 +191,32 @@ def test_programs_of_tpus():
   assert kernels['first'] == (1, 4)  # read: a number; written: into VMEM
 
 
+SEND = '''HloModule slices, num_partitions=8
+
+ENTRY %main (g: bf16[16,128]) -> token[] {
+  %g = bf16[16,128]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[16,128]{1,0}, u32[], token[]) send(%g, %t), channel_id=7, is_host_transfer=true, KIND
+  ROOT %d = token[] send-done(%s), channel_id=7, is_host_transfer=true
+}
+'''
+
+
+@pytest.mark.parametrize('kind, slices, wanted', [
+  ('ALL_REDUCE', '{1,2}', ('all-reduce', 4096)), ('ALL_REDUCE', '{1:4}', ('all-reduce', 6144)),
+  ('REDUCE_SCATTER', '{1:4}', ('reduce-scatter', 3072)),
+  ('ALL_GATHER', '{1:2,5:6}', ('all-gather', 3 * 4096)),
+  ('ONE_TO_ONE', '{1,2}', ('collective-permute', 4096)),
+])
+def test_between_slices(kind, slices, wanted):
+  """As libtpu 0.0.42 writes what goes through the hosts."""
+  said = (f'frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",'
+          f'_xla_megascale_target="{slices}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}')
+  found = total(hlo.parse(SEND.replace('KIND', said)))
+  assert found == {wanted[0]: (1, 0, wanted[1])}
+  assert total(hlo.parse(SEND.replace(', KIND', ''))) == {}  # what a host reads or prints
+
+
 def test_memory(mesh):
   """A kernel reads its operands and writes its result; what it slices or updates, that alone."""
   x = jax.ShapeDtypeStruct((N,), 'float32')
