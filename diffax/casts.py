@@ -6,7 +6,7 @@ themselves. What is cast beforehand comes to the same numbers, to the bit.
 """
 
 import jax
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun, Var
 import jax.numpy as jnp
 
 PASSED_ON = ('slice', 'squeeze', 'reshape', 'transpose', 'dynamic_slice', 'broadcast_in_dim',
@@ -23,7 +23,9 @@ def once(function):
   def wrapped(params, *args):
     traced, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
     leaves, tree = jax.tree.flatten(params)
-    wanted = [_narrower(x.dtype, _uses(traced.jaxpr, i)) for i, x in enumerate(leaves)]
+    uses = [set() for _ in leaves]
+    _look(traced.jaxpr, {x: {i} for i, x in enumerate(traced.jaxpr.invars[: len(leaves)])}, uses)
+    wanted = [_narrower(x.dtype, each) for x, each in zip(leaves, uses)]
     if any(wanted):
       cast = [x.astype(dtype) if dtype else x for x, dtype in zip(leaves, wanted)]
       return function(tree.unflatten(cast), *args)
@@ -43,40 +45,55 @@ def _narrower(dtype, uses):
   return to if floats and jnp.dtype(to).itemsize < jnp.dtype(dtype).itemsize else None
 
 
-def _uses(jaxpr, place, looped=False):
-  """{(dtype it is cast to or OTHER, whether in a loop)} of all uses of an argument of a program."""
-  found, names = set(), {jaxpr.invars[place]}
+def _look(jaxpr, held, uses, looped=False):
+  """Adds to uses[i], of a leaf i, (the dtype it is cast to or OTHER, whether in a loop).
+
+  held: {variable of the program: the leaves it is made of}.
+  """
+  known = lambda x: held.get(x) if isinstance(x, Var) else None
   for equation in jaxpr.eqns:
-    for i, x in enumerate(equation.invars):
-      if isinstance(x, jax.extend.core.Literal) or x not in names:
-        continue
-      inner, again = _inner(equation, i)
-      if equation.primitive.name == 'convert_element_type':
-        found.add((equation.params['new_dtype'], looped))
-      elif equation.primitive.name in PASSED_ON:
-        names.add(equation.outvars[0])
-      elif inner:
-        found |= set().union(*(_uses(each, at, looped or again) for each, at in inner))
-      else:
-        found.add((OTHER, looped))
-  if names & {x for x in jaxpr.outvars if not isinstance(x, jax.extend.core.Literal)}:
-    found.add((OTHER, looped))
-  return found
+    operands = {i: leaves for i, x in enumerate(equation.invars) if (leaves := known(x))}
+    if not operands:
+      continue
+    if equation.primitive.name in PASSED_ON:
+      held[equation.outvars[0]] = set().union(*operands.values())
+    elif equation.primitive.name == 'convert_element_type':
+      _add(uses, operands[0], equation.params['new_dtype'], looped)
+    else:
+      within, rest = _within(equation, operands)
+      for program, inner, again in within:
+        _look(program, inner, uses, looped or again)
+      _add(uses, rest, OTHER, looped)
+  for x in jaxpr.outvars:
+    _add(uses, known(x) or (), OTHER, looped)
 
 
-def _inner(equation, i):
-  """([(program within, place)] that an equation's operand i goes to whole, whether in a loop)."""
-  params, name = equation.params, equation.primitive.name
+def _add(uses, leaves, to, looped):
+  for leaf in leaves:
+    uses[leaf].add((to, looped))
+
+
+def _within(equation, operands):
+  """([(program within, {its variable: leaves}, whether a loop takes them whole)], what goes to none
+  of them whole). operands: {place: leaves}."""
+  params, name, n = equation.params, equation.primitive.name, len(equation.invars)
   if name == 'scan':
-    whole = i < params['num_consts']
-    carried = not whole and i < params['num_consts'] + params['num_carry']
-    return ([] if carried else [(params['jaxpr'].jaxpr, i)]), whole
-  if name == 'while':
-    test, body = params['cond_nconsts'], params['body_nconsts']
-    return ([(params['body_jaxpr'].jaxpr, i - test)] if test <= i < test + body else []), True
-  if name == 'cond':
-    return [(each.jaxpr, i - 1) for each in params['branches'] if i], False
-  program = params.get('jaxpr', params.get('call_jaxpr'))
-  program = getattr(program, 'jaxpr', program)
-  fits = program is not None and len(program.invars) == len(equation.invars)
-  return ([(program, i)] if fits else []), False
+    whole, body = params['num_consts'], params['jaxpr']
+    rows = range(whole + params['num_carry'], n)  # behind what it carries
+    programs = [(body, 0, range(whole), True), (body, 0, rows, False)]
+  elif name == 'while':
+    test = params['cond_nconsts']
+    programs = [(params['body_jaxpr'], test, range(test, test + params['body_nconsts']), True)]
+  elif name == 'cond':
+    programs = [(branch, 1, range(1, n), False) for branch in params['branches']]
+  else:
+    program = params.get('jaxpr', params.get('call_jaxpr'))
+    fits = program is not None and len(getattr(program, 'jaxpr', program).invars) == n
+    programs = [(program, 0, range(n), False)] if fits else []
+  found = []
+  for program, first, places, again in programs:
+    program = getattr(program, 'jaxpr', program)
+    inner = {program.invars[i - first]: operands[i] for i in places if i in operands}
+    found += [(program, inner, again)] if inner else []
+  taken = {i for _, _, places, _ in programs for i in places}
+  return found, set().union(*(leaves for i, leaves in operands.items() if i not in taken))
