@@ -246,7 +246,8 @@ def collectives(program, island):
     if hosts:
       kind = hosts[1].lower().replace('_', '-').replace('one-to-one', 'collective-permute')
       found.append(Collective(kind, instruction.name, times, 0.0, _between(instruction, kind)))
-    if kind not in KINDS or hosts:
+      continue
+    if kind not in KINDS:
       continue
     channel = re.search(r'channel_id=(\d+)', instruction.text)
     if channel and id(computation) in pieces:  # a TPU carries one out in several, that all name it
@@ -363,7 +364,7 @@ def kernels(program):
   for instruction, computation, times in walk(program):
     if instruction.opcode in FREE or instruction.opcode.endswith(('-done', '-update')):
       continue
-    if _target(instruction) in NOTHING:
+    if target(instruction) in NOTHING:
       continue
     found.append(Kernel(instruction, times, moved(program, computation, instruction)))
   return [kernel for kernel in found if kernel.moved]
@@ -378,7 +379,8 @@ def traffic(program):
   return sum(kernel.times * kernel.moved for kernel in kernels(program))
 
 
-def _target(instruction):
+def target(instruction):
+  """The program of another library that a custom call names, None for what is none."""
   found = re.search(r'custom_call_target="([^"]*)"', instruction.text)
   return found[1] if found and instruction.opcode == 'custom-call' else None
 

@@ -48,6 +48,8 @@ FUNCTIONS = {  # and the leaves that are cast
     loop(lambda p, x: x * cast(p['w'])[0] * cast(p['w'].astype('float16').sum())), {}),
   'widened': (loop(lambda p, x: x * cast(p['half'].astype('float32').sum())), {}),
   'integers': (loop(lambda p, x: x * cast(p['count'])), {}),
+  'joined': (  # to what stays float32
+    loop(lambda p, x: x * cast(jax.lax.concatenate([p['w'][0], p['layers'][0] + 1], 0))[:2]), {}),
   'in no loop': (lambda p, x: x * cast(p['w'])[0], {}),
   'layer by layer': (
     lambda p, x: jax.lax.scan(lambda x, w: (x * cast(w)[0], None), x, p['layers'])[0], {}),
@@ -59,7 +61,7 @@ FUNCTIONS = {  # and the leaves that are cast
 
 
 @pytest.mark.parametrize('name', FUNCTIONS)
-def test_which(name, monkeypatch):
+def test_which(name):
   function, wanted = FUNCTIONS[name]
   rng, seen = np.random.default_rng(0), []
   params = {

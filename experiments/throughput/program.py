@@ -110,8 +110,7 @@ def reading(text, topology, mesh):
   targets, numbers = collections.Counter(), collections.Counter()
   of = products(program)
   for x, _, times in hlo.walk(program):
-    target = re.search(r'custom_call_target="([^"]*)"', x.text)
-    targets[target[1] if target else ''] += times
+    targets[hlo.target(x) or ''] += times
     for dtype, n in of.get(x.name, ()):
       numbers[dtype] += times * n
   moving, traffic = moves(program), hlo.traffic(program)
