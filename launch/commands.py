@@ -6,6 +6,8 @@ another word is held to what its system allows; and what looks like a secret is 
 it is printed, kept in workdirs and shown to whoever may see the job.
 """
 
+import contextlib
+import os
 import pathlib
 import re
 import shlex
@@ -18,6 +20,14 @@ SECRET = re.compile(  # the end of a name: API_KEY, hf.token; tokens are counted
   re.IGNORECASE)
 LOGIN = re.compile(r'://[^/\s:@]*:[^/\s@]+@')  # https://user:password@host
 ASSIGNED = re.compile(r'(?P<name>[A-Za-z_][-\w.]*)=(?P<value>.+)', re.DOTALL)
+WITHIN = re.compile(  # in a word: of a script, a dict, or --metadata=HF_TOKEN=...; no $(cat FILE)
+  r'(?:^|[^A-Za-z0-9])(?P<name>(api|access|private|secret)[-_.]?keys?|token|secrets?|passwd|'
+  r'passwords?|credentials?)["\']?\s*[=:]\s*["\']?[^\s"\'$,;)}\]]{6}', re.IGNORECASE)
+TOKEN = re.compile(  # Hugging Face, GitHub, GitLab, OpenAI and its like, AWS, Google
+  r'(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16}|gh[pousr]_\w{20}|glpat-[-\w]{16}|sk-[-\w]{20}|'
+  r'AKIA[0-9A-Z]{16}|ya29\.[-\w]{20}|AIza[-\w]{30})')
+KEPT_AWAY = ('and commands are printed, logged and kept in workdirs: let the command read it, from '
+             'a file or the environment of the machines that need it')
 
 
 class Refused(Exception):
@@ -49,21 +59,24 @@ def quoted(words):
 
 
 def refuse_secrets(words):
-  """Raises Refused for a word `NAME=VALUE`, or words `--NAME VALUE`, whose name is a secret's, and
-  for an address that holds a password.
+  """Raises Refused for `NAME=VALUE`, a word or within one, or words `--NAME VALUE`, whose name is a
+  secret's; for an address that holds a password; and for what has the form of a well-known token.
 
   What is secret is not told: the message would be the next place that keeps it.
   """
   if any(map(LOGIN.search, words)):
     raise Refused('an address in the command holds a password, and commands are printed, logged '
                   'and kept in workdirs: leave it out, and let the machines log in by themselves')
+  if any(map(TOKEN.search, words)):
+    raise Refused(f'a word of the command has the form of an access token, {KEPT_AWAY}')
   for word, behind in zip(words, [*words[1:], '']):
     found = ASSIGNED.fullmatch(word.lstrip('-'))
     said = found['name'] if found else word.lstrip('-') if word.startswith('--') else ''
-    if SECRET.search(said) and (found or (behind and not behind.startswith('-'))):
-      raise Refused(
-        f'{said} looks like a secret, and commands are printed, logged and kept in workdirs: put '
-        'it into the environment or a file of the machines that need it')
+    value = found['value'] if found else behind
+    secret = SECRET.search(said) and value and not value.startswith('$' if found else '-')
+    within = WITHIN.search(word)
+    if secret or within:
+      raise Refused(f'{said if secret else within["name"]} looks like a secret, {KEPT_AWAY}')
 
 
 def told(function, *arguments):
@@ -75,15 +88,37 @@ def told(function, *arguments):
     return 2
 
 
+@contextlib.contextmanager
+def alone(path, said):
+  """An open file that is locked within, against other processes of this machine, and those that
+  hold it open. Raises Refused, with `said`.
+  """
+  import fcntl
+
+  with open(path, 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise Refused(said) from error
+    yield file
+
+
 def files(root):
   """Paths below `root` that make up the working tree: tracked, or new and not ignored by git.
 
-  Relative, sorted. Raises Refused where `root` is no git checkout.
+  Relative, sorted. Raises Refused where `root` is no git checkout, or has folders of another.
   """
-  found = subprocess.run(
-    ['git', '-C', str(root), 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-    capture_output=True)
+  words = ['ls-files', '-z', '--cached', '--others', '--exclude-standard']
+  try:
+    found = subprocess.run(['git', '-C', str(root), *words], capture_output=True)
+  except FileNotFoundError:
+    raise Refused('git is not on PATH: it tells which files are the working tree') from None
   if found.returncode:
-    raise Refused(f'{root} is no git checkout ({found.stderr.decode().strip()}): launch from one')
-  names = sorted(set(found.stdout.decode().split('\0')) - {''})
+    said = found.stderr.decode(errors='replace').strip()
+    raise Refused(f'{root} is no git checkout ({said}): launch from one')
+  names = sorted(set(os.fsdecode(found.stdout).split('\0')) - {''})
+  for name in names:
+    if (pathlib.Path(root) / name).is_dir():  # which git lists by its name alone
+      raise Refused(f'{name} in {root} is a submodule, another checkout or a link to a folder, '
+                    'which is not copied: put its files there, or its name into .gitignore')
   return [name for name in names if (pathlib.Path(root) / name).is_file()]

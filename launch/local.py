@@ -8,6 +8,7 @@ the exit status is its own. SIGTERM and Ctrl-C go to all of them, as a preemptio
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,8 @@ def arguments(argv):
     parser.error('say what each host runs, as -- python -m diffax.main --config ...')
   if args.hosts < 1 or args.devices < 1:
     parser.error(f'--hosts={args.hosts} --devices={args.devices}: 1 and more')
+  if not shutil.which(args.command[0]):
+    parser.error(f'{args.command[0]!r} is no program that can be started')
   return args
 
 
@@ -55,15 +58,27 @@ def environment(host, hosts, devices, port):
 
 
 def prefix(host, lines, out):
+  """Copies what a host says; where nobody reads on, it is read all the same: a full pipe stops it.
+  """
   for line in lines:
     if '[Gloo] Rank ' not in line and 'connected peer ranks is' not in line:  # not news, and often
-      out.write(f'[{host}] {line}')
-      out.flush()
+      say(f'[{host}] {line}', out)
 
 
-def start(args, out=sys.stdout, of_host=None):
-  """The processes, and the threads that print what they say. of_host: host -> further variables."""
-  port, processes, threads = free_port(), [], []
+def say(text, out):
+  try:
+    out.write(text)
+    out.flush()
+  except (BrokenPipeError, ValueError):  # `... | head` has read enough
+    pass
+
+
+def start(args, out=sys.stdout, of_host=None, processes=None):
+  """The processes, and the threads that print what they say. of_host: host -> further variables.
+
+  processes: a list that they are put into as they start.
+  """
+  port, processes, threads = free_port(), [] if processes is None else processes, []
   for host in range(args.hosts):
     process = subprocess.Popen(
       args.command,
@@ -99,8 +114,7 @@ def wait(processes, grace, out=sys.stdout):
     if failed and deadline is None:
       host, status = failed[0]
       how = f'signal {signal.Signals(-status).name}' if status < 0 else f'status {status}'
-      out.write(f'host {host} ended with {how}; stopping the others\n')
-      out.flush()
+      say(f'host {host} ended with {how}; stopping the others\n', out)
       send(processes, signal.SIGTERM)
       deadline = time.monotonic() + grace
     if deadline is not None and time.monotonic() > deadline:
@@ -110,11 +124,11 @@ def wait(processes, grace, out=sys.stdout):
 
 
 def main(argv=None):
-  args = arguments(argv)
-  processes, threads = start(args)
-  for number in (signal.SIGTERM, signal.SIGINT):
+  args, processes = arguments(argv), []
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, frame: send(processes, number))
   try:
+    _, threads = start(args, processes=processes)
     status = wait(processes, args.grace)
   finally:
     send(processes, signal.SIGKILL)

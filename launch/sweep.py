@@ -25,8 +25,8 @@ table. What is finished is not started again; what is not goes on where it stopp
 
 What stands between `--via X` and `--` is for that launcher. Slurm and Kubernetes take runs in and
 carry them out later: `--table` tells how they are, of what lies in --workdir as this machine sees
-it; of a TPU VM, copy its results back first. A run that was handed over is not handed over
-again, unless --again says so (its job must have ended: two at once would spoil its workdir).
+it. A run that was handed over is not handed over again, unless --again says so (its job must have
+ended: two at once would spoil its workdir); one that is under way on a TPU VM is watched again.
 """
 
 import argparse
@@ -222,6 +222,8 @@ def check(args, asked):
   found = []
   for run in asked:
     commands.quoted([*command, *run.words()])  # for what it refuses
+  commands.refuse_secrets(_told(args.launcher))
+  for run in asked:
     try:
       flags, overrides = main.parse(['diffax', *rest, *run.words()])
       if flags.mode != 'train' or any(w.split('=')[0].lstrip('-') == 'workdir' for w in rest):
@@ -231,6 +233,12 @@ def check(args, asked):
     except ConfigError as error:
       raise Refused(f'run {run.name}: {error}') from error
   return found
+
+
+def _told(words):
+  """A launcher's options without what follows --secret, the name of one that is kept elsewhere."""
+  return [word for before, word in zip(['', *words], words)
+          if before != '--secret' and not word.startswith('--secret=')]
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -409,7 +417,9 @@ def ended(run, status, begin, finished):
 
 def locally(args, todo, configs):
   """Carries out runs, --jobs at a time; the exit status."""
-  with alone(epath.Path(args.workdir)) as lock:
+  said = (f'another sweep, or what one has started, is at work in {args.workdir}: wait for it, or '
+          'stop it')
+  with commands.alone(epath.Path(args.workdir) / 'sweep.lock', said) as lock:  # runs hold it, too
     stop, waiting = Stop(), list(todo)
     try:
       bad = _carry_out(args, waiting, configs, stop, lock)
@@ -439,24 +449,6 @@ def _carry_out(args, waiting, configs, stop, lock):
       bad += not ended(run, process.returncode, begin, finished)
     time.sleep(0.1)
   return bad
-
-
-@contextlib.contextmanager
-def alone(root):
-  """A file that is locked within, against other sweeps of `root` on this machine.
-
-  The runs hold it open, so that those of a sweep that was killed are waited for, too. Raises
-  Refused.
-  """
-  import fcntl
-
-  with open(root / 'sweep.lock', 'w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise Refused(f'another sweep, or what one has started, is at work in {root}: wait for it, '
-                    'or stop it') from error
-    yield file
 
 
 # --- through other launchers ----------------------------------------------------------------------
@@ -527,6 +519,9 @@ def _fits(args):
     raise Refused(f'--workdir={args.workdir}: a sweep on this machine writes logs; name a folder')
   if args.via == 'local' and args.command and not shutil.which(args.command[0]):
     raise Refused(f'{args.command[0]!r} is no program that can be started')
+  if args.via == 'tpu_vm' and '://' not in args.workdir and not args.workdir.startswith('/'):
+    raise Refused(f'--workdir={args.workdir} would go with the TPU: name a bucket, gs://..., or '
+                  'the full path of a disk that its workers and this machine share')
   if args.via == 'tpu_vm' and not args.launcher:
     raise Refused('--via tpu_vm: say behind it which TPU, as --via tpu_vm my-tpu --')
   if name:

@@ -23,10 +23,18 @@ VERSION = re.compile(r'[a-z0-9]([-._a-z0-9]*[a-z0-9])?')  # v2-alpha-tpuv5-lite,
 PROJECT = re.compile(r'([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]')  # old ones have a domain
 LABEL = re.compile(r'([a-z][-_a-z0-9]{0,62})=([-_a-z0-9]{0,63})')
 AT_ONCE = 8  # gcloud's processes side by side
+# A machine that is taken away says no goodbye: ssh would wait for it for hours.
+SSH = ('-oConnectTimeout=20', '-oServerAliveInterval=15', '-oServerAliveCountMax=4')
+LASTING = ('INVALID_ARGUMENT', 'PERMISSION_DENIED')  # asked again, it will be said again
 
 
 class Trouble(Exception):
   """gcloud or a worker failed; what it said, on one line."""
+
+  @property
+  def lasting(self):
+    """Whether it is no use to try again."""
+    return any(word in str(self) for word in LASTING)
 
 
 class Tpu(NamedTuple):
@@ -101,6 +109,7 @@ def create(tpu):
   words += ['--spot'] if tpu.spot else []
   words += ['--internal-ips'] if tpu.internal else []
   words += [f'--labels={",".join(tpu.labels)}'] if tpu.labels else []
+  commands.quoted([*words, *tpu.also])  # for what it refuses
   return [*words, *tpu.also]
 
 
@@ -120,14 +129,15 @@ def ssh(tpu, node, words, worker='all'):
   """`words` on workers of a node, through the shell there."""
   inside = ['--internal-ip'] if tpu.internal else []
   return [*VM, 'ssh', node, *_where(tpu), *inside, f'--worker={worker}',
-          f'--command={commands.quoted(words)}']
+          *(f'--ssh-flag={flag}' for flag in SSH), f'--command={commands.quoted(words)}']
 
 
 def scp(tpu, sources, target, worker='all', recurse=False):
   """Copies files to workers (target NODE:PATH), or from one (source NODE:PATH)."""
   inside = ['--internal-ip'] if tpu.internal else []
   return [*VM, 'scp', *map(str, sources), str(target), *_where(tpu), *inside,
-          f'--worker={worker}', *(['--recurse'] if recurse else [])]
+          f'--worker={worker}', *(f'--scp-flag={flag}' for flag in SSH),
+          *(['--recurse'] if recurse else [])]
 
 
 # --- carrying them out ----------------------------------------------------------------------------
@@ -194,7 +204,8 @@ FAILED = ('FAILED', 'STOPPED', 'STOPPING', 'HIDDEN', 'HIDING')
 def look(gcloud, tpu):
   """The State of a TPU. Raises Trouble.
 
-  A queued resource stays ACTIVE for a while when a node of it is gone, so nodes are asked too.
+  A queued resource stays ACTIVE for a while when a node of it is gone, so nodes are asked too. One
+  that its owner has deleted is not there, which the resource then tells: SUSPENDED by a user.
   """
   said = 'READY'
   if not tpu.direct:
@@ -204,19 +215,36 @@ def look(gcloud, tpu):
     state = found.get('state', {})
     said = state.get('state', 'UNKNOWN')
     if said != 'ACTIVE':
-      reason = state.get('failedData', {}).get('error', {}).get('message', '')
-      return State(_kind(said), f'{said}: {reason}' if reason else said, {})
+      return _not_active(said, state)
   workers, kinds = {}, []
   for node in nodes(tpu):
     found = _described(gcloud, describe(tpu, node))
     if found is None:
-      return State('absent' if tpu.direct else 'gone', f'{node} is not there', {})
+      return State('absent' if tpu.direct else 'going', f'{node} is not there', {})
     workers[node] = len(found.get('networkEndpoints', [])) or 1
     kinds.append(_kind(found.get('state', 'UNKNOWN')))
     if kinds[-1] != 'ready':
       said = f'{node} is {found.get("state", "UNKNOWN")}'
   worst = next(k for k in ('failed', 'gone', 'going', 'waiting', 'ready') if k in kinds)
   return State(worst, said, workers)
+
+
+def differs(gcloud, tpu):
+  """What a queued resource was asked for with where `tpu` says otherwise, else ''. Raises Trouble.
+  """
+  found = _described(gcloud, describe(tpu)) or {}
+  specs = found.get('tpu', {}).get('nodeSpec', [])
+  node = specs[0].get('node', {}) if specs else {}
+  asked = ((node.get('acceleratorType'), tpu.type), (node.get('runtimeVersion'), tpu.version))
+  return ', '.join(told for told, wanted in asked if told and told != wanted)
+
+
+def _not_active(said, state):
+  reason = state.get('failedData', {}).get('error', {}).get('message', '')
+  kind = _kind(said)
+  if kind == 'gone' and state.get('stateInitiator') == 'USER':
+    kind, reason = 'failed', 'a user has deleted what it held'
+  return State(kind, f'{said}: {reason}' if reason else said, {})
 
 
 def _kind(said):

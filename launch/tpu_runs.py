@@ -6,6 +6,7 @@
 What one worker does is tpu_worker.py's; gcloud's commands are tpu_cloud.py's.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import tpu_cloud as cloud
 
 HERE = pathlib.Path(__file__).resolve().parent
 WORKER = 'diffax-launch/worker.py'
-PATIENCE = 10  # failures in a row after which a wait or watch gives up
+PATIENCE = 10  # failures in a row after which a wait, or a watch of workers, gives up
 
 
 # --- what is kept of a TPU, on this machine -------------------------------------------------------
@@ -29,9 +30,18 @@ def kept(name, ending='.json'):
 
 
 def recall(name):
-  """{'tpu': its settings, 'runs': {run: its job}, 'extras': pip's}, as far as used from here."""
+  """What was asked for from here: {'tpu': its settings, 'runs': {run: its job}, 'extras': pip's,
+  'renewing': whether it was deleted to be made again}. Raises Refused.
+  """
   path = kept(commands.name(name, 'name', 40))
-  return json.loads(path.read_text()) if path.exists() else {'tpu': {}, 'runs': {}, 'extras': ''}
+  record = {'tpu': {}, 'runs': {}, 'extras': '', 'renewing': False}
+  try:
+    record |= json.loads(path.read_text()) if path.exists() else {}
+    cloud.Tpu(**{'name': name, **record['tpu']})
+  except (ValueError, TypeError) as error:
+    raise commands.Refused(f'{path} is damaged, or of another version ({error}): what is kept of '
+                           f'{name}; move it away and say --zone and what else it needs') from error
+  return record
 
 
 def keep(gcloud, tpu, **changed):
@@ -49,17 +59,33 @@ def keep(gcloud, tpu, **changed):
 # --- all workers at once --------------------------------------------------------------------------
 
 
-def install(gcloud, tpu):
-  """The kept tree, on all workers. Raises Trouble."""
-  archive = kept(tpu.name, '.tar.gz')
-  digest = 'SHA256' if gcloud.dry else hashlib.sha256(archive.read_bytes()).hexdigest()
+def digest(archive):
+  return hashlib.sha256(archive.read_bytes()).hexdigest() if archive.exists() else ''
+
+
+@contextlib.contextmanager
+def watching(gcloud, name):
+  """No other process of this machine watches the TPU within. Raises Refused."""
+  if gcloud.dry:
+    yield
+    return
+  path = kept(name, '.lock')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with commands.alone(path, f'{name} is watched by another process already: two would undo each '
+                      'other\'s work; end one'):
+    yield
+
+
+def install(gcloud, tpu, archive, extras):
+  """A tree, on all workers. Raises Trouble."""
+  sha256 = 'SHA256' if gcloud.dry else digest(archive)
   say(f'{tpu.name}: copying and installing, which takes minutes', gcloud)
   sources = [archive, HERE / 'tpu_worker.py']
   for node, done in zip(cloud.nodes(tpu), gcloud.each(
       [cloud.scp(tpu, sources, f'{node}:') for node in cloud.nodes(tpu)])):
     check(node, done)
-  words = ['python3', 'tpu_worker.py', 'install', archive.name, '--sha256', digest, '--extras',
-           recall(tpu.name)['extras']]
+  words = ['python3', 'tpu_worker.py', 'install', archive.name, '--sha256', sha256, '--extras',
+           extras]
   for node, done in on_all(gcloud, tpu, words):
     check(node, done)
 
@@ -84,15 +110,20 @@ def told(node, done):
 
 
 def survey(gcloud, tpu, run):
-  """How a run stands on the workers that answer."""
+  """(how a run stands on the workers that answer, why others do not)."""
   found = on_all(gcloud, tpu, ['python3', WORKER, 'status', run])
-  return [row for node, done in found for row in told(node, done)]
+  silent = [f'{node}: {cloud.why(done.stderr)}' for node, done in found if done.returncode]
+  return [row for node, done in found for row in told(node, done)], '; '.join(silent)
 
 
 def begin(gcloud, tpu, run, job):
-  """Starts a run on all workers, or on none. Raises Trouble."""
-  words = ['python3', WORKER, 'start', run, '--tries', job['tries'], '--pause', job['pause'], '--',
-           *job['words']]
+  """Starts a run on all workers, or on none; where this machine has set them up, of one tree.
+
+  Raises Trouble.
+  """
+  tree = digest(kept(tpu.name, '.tar.gz'))
+  words = ['python3', WORKER, 'start', run, '--tries', job['tries'], '--pause', job['pause'],
+           *(['--tree', tree] if tree else []), '--', *job['words']]
   failed = [(node, done) for node, done in on_all(gcloud, tpu, words) if done.returncode]
   if failed:
     end(gcloud, tpu, run, 0, '--restart')  # the others would wait for those that are missing
@@ -145,23 +176,22 @@ def patiently(gcloud, tpu, poll):
       time.sleep(poll)
 
 
-ENDS = {'finished': 0, 'stopped': 0, 'mistake': 2, 'failed': 1, 'absent': 1, 'not to be had': 1}
+ENDS = {'finished': 0, 'failed': 1, 'absent': 1, 'not to be had': 1, 'mistake': 2, 'stopped': 3}
 
 
 class Watch:
   """Keeps a run going until it has ended; the TPU is made again where it was preempted.
 
   lost: looks in a row at which the run was gone from a TPU that is ready; the first may be of
-  machines that are about to go. faults: failures in a row. renewing: the TPU was deleted here.
+  machines that are about to go. faults: failures in a row of workers that should be there.
   """
 
   def __init__(self, gcloud, tpu, run, poll):
     self.gcloud, self.tpu, self.run, self.poll = gcloud, tpu, run, poll
-    self.job = recall(tpu.name)['runs'].get(run, {})
-    self.lost, self.faults, self.renewing = 0, 0, False
+    self.lost, self.faults = 0, 0
 
   def until_end(self):
-    """The exit status. Raises Trouble where the TPU is not to be had."""
+    """The exit status, one of `ENDS`. Raises Trouble where no more looks are of use."""
     said = None
     while True:
       now = self.look()
@@ -175,11 +205,19 @@ class Watch:
       time.sleep(self.poll)
 
   def look(self):
-    """One step, which may fail a few times in a row. Raises Trouble."""
+    """How things stand, and what that calls for done. Raises Trouble.
+
+    A cloud that does not answer, or has no room, is asked for as long as it takes; workers that it
+    says are ready, `PATIENCE` times.
+    """
     try:
-      now = self.step()
-      if now == 'silent':
-        raise cloud.Trouble(f'{self.tpu.name}: not all workers answer')
+      found, now = self.have()
+    except cloud.Trouble as error:
+      if error.lasting:
+        raise
+      return f'{error}; trying again'
+    try:
+      now = now or self.step(found)
     except cloud.Trouble as error:
       self.faults += 1
       if self.faults >= PATIENCE:
@@ -189,22 +227,40 @@ class Watch:
     self.lost = self.lost + 1 if now == 'lost' else 0
     return now
 
-  def step(self):
-    """How things stand, and what that calls for done. Raises Trouble."""
+  def job(self):
+    return recall(self.tpu.name)['runs'].get(self.run, {})
+
+  def have(self):
+    """(the State of the TPU, '' where it is ready); asked for again where it was taken away.
+
+    That it was deleted for this is kept, for a watch that comes after this one. Raises Trouble.
+    """
     found = cloud.look(self.gcloud, self.tpu)
+    if found.kind == 'ready':
+      return found, ''
+    if self.job().get('stopped'):
+      return found, 'stopped'
     if found.kind == 'gone':
       say(f'{self.tpu.name}: {found.said}; asking for it again')
-      self.renewing = True
+      keep(self.gcloud, self.tpu, renewing=True)
       self.gcloud.do(cloud.delete(self.tpu))
-    if found.kind == 'gone' or found.kind == 'absent' and self.renewing:
+    if found.kind == 'gone' or found.kind == 'absent' and recall(self.tpu.name)['renewing']:
       self.gcloud.do(cloud.create(self.tpu))
-      self.renewing = False
-      return 'preempted'
-    if found.kind in ('absent', 'failed'):  # deleted by intent, perhaps: not made again
-      return 'absent' if found.kind == 'absent' else 'not to be had'
-    if found.kind != 'ready':
-      return found.said
-    now = outcome(survey(self.gcloud, self.tpu, self.run), sum(found.workers.values()))
+      keep(self.gcloud, self.tpu, renewing=False)
+      return found, 'preempted'
+    if found.kind == 'failed':
+      say(f'{self.tpu.name}: {found.said}; delete it, and create it again')
+      return found, 'not to be had'
+    return found, 'absent' if found.kind == 'absent' else found.said  # deleted by intent, perhaps
+
+  def step(self, found):
+    """How the run stands on a TPU that is ready; started again where it is gone. Raises Trouble."""
+    rows, why = survey(self.gcloud, self.tpu, self.run)
+    now = outcome(rows, sum(found.workers.values()))
+    if now == 'silent' and not self.gcloud.dry:
+      raise cloud.Trouble(f'{self.tpu.name}: not all workers answer ({why or "no reason is told"})')
+    if now in ('bare', 'lost') and self.job().get('stopped'):
+      return 'stopped'
     if now == 'bare' or now == 'lost' and self.lost:
       self.restart(now == 'bare')
       return 'started again'
@@ -213,14 +269,15 @@ class Watch:
   def restart(self, bare):
     end(self.gcloud, self.tpu, self.run, 30, '--restart')
     if bare:
-      install(self.gcloud, self.tpu)
-    begin(self.gcloud, self.tpu, self.run, self.job)
+      record = recall(self.tpu.name)
+      install(self.gcloud, self.tpu, kept(self.tpu.name, '.tar.gz'), record['extras'])
+    begin(self.gcloud, self.tpu, self.run, self.job())
 
   def finish(self, now):
     """Says how it ended; no worker stays behind waiting for the others."""
     if now in ('mistake', 'failed'):
       end(self.gcloud, self.tpu, self.run, 30, '--restart')
-      show(survey(self.gcloud, self.tpu, self.run))
+      show(survey(self.gcloud, self.tpu, self.run)[0])
     return ENDS[now]
 
 

@@ -18,8 +18,11 @@ run      starts the command on every worker of every slice, in a tmux session na
          a worker starts it again, --tries times in all, where it ends by trouble, and not where it
          has ended (status 0) or was wrong (status 2). --watch stays and, after a preemption, makes
          the TPU again, sets it up with the same tree and starts the command, which goes on from
-         its last checkpoint; without a command it goes on watching the run started before
-stop     asks the run to save and end, and waits for that
+         its last checkpoint; without a command, or with the same one while it is under way, it
+         goes on watching. It ends with 0 where the run has finished, 1 where it failed or the TPU
+         is not to be had, 2 where it was wrong, 3 where it was stopped
+stop     asks the run to save and end, and waits for that; a TPU that is being made again at the
+         moment does not start it any more
 
 What was created and started is kept in ~/.local/state/diffax/tpu (or below $XDG_STATE_HOME): later
 commands need the name alone. For several workers gcloud wants its key in the ssh agent:
@@ -27,12 +30,13 @@ ssh-add ~/.ssh/google_compute_engine. --dry-run prints each command and runs non
 """
 
 import argparse
+import contextlib
+import math
 import os
 import pathlib
 import re
 import sys
 import tarfile
-import tempfile
 import time
 
 import commands
@@ -41,6 +45,10 @@ import tpu_runs as runs
 
 HERE = pathlib.Path(__file__).resolve().parent
 PLACE = re.compile(r'(?!-)[-\w./]+', re.ASCII)  # scp of old hands a path to a shell
+EXTRAS = re.compile(r'[a-z][-\w]*(,[a-z][-\w]*)*', re.ASCII)
+REMEDIES = {'absent': 'create it first', 'waiting': 'wait for it with create',
+            'going': 'wait for it with create'}
+AGAIN = 'delete it and create it again; or, where it is stopped, `gcloud compute tpus tpu-vm start`'
 
 
 def arguments(argv):
@@ -80,7 +88,8 @@ def arguments(argv):
   args.command = argv[cut + 1:]
   if args.command and args.what != 'run':
     parser.error(f'{args.what} takes no command behind --')
-  if args.tries < 1 or min(args.pause, args.poll, args.grace, args.worker, args.slice) < 0:
+  least = args.pause, args.poll, args.grace, args.worker, args.slice
+  if args.tries < 1 or not all(0 <= value < math.inf for value in least):
     parser.error('--tries is 1 and more; --pause, --poll, --grace, --worker and --slice 0 and more')
   return args
 
@@ -104,7 +113,11 @@ def create(gcloud, tpu, args):
   if found.kind not in ('absent', 'waiting') and not gcloud.dry:
     raise commands.Refused(
       f'{tpu.name} is there already ({found.said}): go on with setup, or delete it first')
-  runs.keep(gcloud, tpu)
+  other = cloud.differs(gcloud, tpu) if found.kind == 'waiting' else ''
+  if other:
+    raise commands.Refused(f'{tpu.name} is asked for already, with {other}: wait for it by the '
+                           'options it was asked for with, or delete it first')
+  runs.keep(gcloud, tpu, renewing=False)
   if found.kind != 'waiting':
     gcloud.do(words)
   wait(gcloud, tpu, args.poll)
@@ -121,34 +134,36 @@ def wait(gcloud, tpu, poll):
     if found.kind == 'ready':
       return found
     if found.kind not in ('waiting', 'going'):
-      raise cloud.Trouble(
-        f'{tpu.name} is not to be had ({found.said}); delete it and create it again')
+      raise cloud.Trouble(f'{tpu.name} is not to be had ({found.said}): {AGAIN}')
     time.sleep(poll)
 
 
 def ready(gcloud, tpu):
   """The State of a TPU that is ready. Raises Trouble where it is not."""
   found = cloud.look(gcloud, tpu)
-  remedies = {'absent': 'create it first', 'waiting': 'wait for it with create'}
   if found.kind != 'ready':
-    remedy = remedies.get(found.kind, 'delete it and create it again')
+    remedy = REMEDIES.get(found.kind, AGAIN)
     raise cloud.Trouble(f'{tpu.name} is not ready ({found.said}): {remedy}')
   return found
 
 
 def setup(gcloud, tpu, args):
-  archive = runs.kept(tpu.name, '.tar.gz')
-  names = commands.files(args.tree)
+  new, names = runs.kept(tpu.name, '.new.tar.gz'), commands.files(args.tree)
+  if not EXTRAS.fullmatch(args.extras):
+    raise commands.Refused(f'--extras={args.extras!r}: names in setup.py, as tpu,gcs')
+  if any(name.startswith('runs/') for name in names):
+    raise commands.Refused(f'{args.tree} holds files in runs/, where on a worker runs write what '
+                           'outlives the tree: put runs/ into .gitignore')
   ready(gcloud, tpu)
   if not gcloud.dry:
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as file:
-      with tarfile.open(fileobj=file, mode='w:gz', dereference=True) as tar:
-        for name in names:
-          tar.add(pathlib.Path(args.tree) / name, name)
-    os.replace(file.name, archive)  # kept for the next VMs: the tree may have changed by then
+    new.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(new, mode='w:gz', dereference=True) as tar:
+      for name in names:
+        tar.add(pathlib.Path(args.tree) / name, name)
+  runs.install(gcloud, tpu, new, args.extras)
+  if not gcloud.dry:
+    os.replace(new, runs.kept(tpu.name, '.tar.gz'))  # for the next VMs: the tree may change
     runs.keep(gcloud, tpu, extras=args.extras)
-  runs.install(gcloud, tpu)
   runs.say(f'{tpu.name} is set up with {len(names)} files of {args.tree}', gcloud)
 
 
@@ -156,6 +171,7 @@ def delete(gcloud, tpu, args):
   if not args.yes and not gcloud.dry:
     raise commands.Refused(
       f'{tpu.name} and what its disks hold would be gone; copy results first, then add --yes')
+  runs.keep(gcloud, tpu, renewing=False)  # a watch does not make it again
   gcloud.do(cloud.delete(tpu))
   runs.say(f'{tpu.name} is deleted', gcloud)
 
@@ -167,27 +183,31 @@ def run(gcloud, tpu, args):
   commands.name(args.run, '--run')
   if args.watch:
     cloud.create(tpu)  # refuses what could not be made again
-  if args.command:
-    start(gcloud, tpu, args)
-  elif not args.watch or args.run not in runs.recall(args.name)['runs']:
+  if not args.command and not (args.watch and args.run in runs.recall(args.name)['runs']):
     raise commands.Refused('say what to run, as -- python -m diffax.main --config ...')
-  if args.watch:
-    return runs.Watch(gcloud, tpu, args.run, args.poll).until_end()
+  with runs.watching(gcloud, tpu.name) if args.watch else contextlib.nullcontext():
+    if args.command:
+      start(gcloud, tpu, args)
+    if args.watch:
+      return runs.Watch(gcloud, tpu, args.run, args.poll).until_end()
   return 0
 
 
 def start(gcloud, tpu, args):
   words = command(args)
   found = ready(gcloud, tpu)
-  rows, count = runs.survey(gcloud, tpu, args.run), sum(found.workers.values())
-  states = {row['state'] for row in rows}
+  (rows, why), count = runs.survey(gcloud, tpu, args.run), sum(found.workers.values())
+  states, known = {row['state'] for row in rows}, runs.recall(tpu.name)['runs']
   if 'bare' in states:
     raise commands.Refused(f'{tpu.name} is not set up: python launch/tpu_vm.py setup {tpu.name}')
+  if 'running' in states and args.watch and known.get(args.run, {}).get('words') == words:
+    runs.say(f'{tpu.name}: run {args.run} is under way')
+    return
   if 'running' in states:
     raise commands.Refused(
       f'run {args.run} is under way on {tpu.name}: look with status, end it with stop')
   if len(rows) < count and not gcloud.dry:
-    raise cloud.Trouble(f'{len(rows)} of {count} workers of {tpu.name} answer: try again')
+    raise cloud.Trouble(f'{len(rows)} of {count} workers of {tpu.name} answer ({why}): try again')
   place = workdir(words)
   if place.startswith('runs/') and (count > 1 or args.watch):
     raise commands.Refused(
@@ -195,7 +215,7 @@ def start(gcloud, tpu, args):
       'gs://BUCKET/..., or the full path of a disk that all workers share')
   job = {'words': words, 'tries': args.tries, 'pause': args.pause, 'workdir': place}
   runs.begin(gcloud, tpu, args.run, job)
-  runs.keep(gcloud, tpu, runs=runs.recall(tpu.name)['runs'] | {args.run: job})
+  runs.keep(gcloud, tpu, runs=known | {args.run: job})
   runs.say(f'{tpu.name}: run {args.run} is started; look with status and logs', gcloud)
 
 
@@ -227,9 +247,16 @@ def workdir(words):
 
 
 def stop(gcloud, tpu, args):
+  record, rows = runs.recall(tpu.name), []
+  known = record['runs']
+  if commands.name(args.run, '--run') in known:
+    runs.keep(gcloud, tpu, runs=known | {args.run: known[args.run] | {'stopped': True}})
+    found = cloud.look(gcloud, tpu)
+    if found.kind in ('waiting', 'going', 'gone') or found.kind == 'absent' and record['renewing']:
+      runs.say(f'{tpu.name}: {found.said}; run {args.run} is not started again')
+      return
   ready(gcloud, tpu)
-  rows = []
-  for node, done in runs.end(gcloud, tpu, commands.name(args.run, '--run'), args.grace):
+  for node, done in runs.end(gcloud, tpu, args.run, args.grace):
     runs.check(node, done)
     rows += runs.told(node, done)
   runs.show(rows)
@@ -244,11 +271,11 @@ def status(gcloud, tpu, args):
   runs.say(f'{tpu.name}: {found.said} ({", ".join(filter(None, about))})', gcloud)
   if found.kind != 'ready':
     return
-  rows = runs.survey(gcloud, tpu, args.run)
+  rows, why = runs.survey(gcloud, tpu, args.run)
   runs.show(rows)
   missing = sum(found.workers.values()) - len(rows)
   if missing > 0 and not gcloud.dry:
-    runs.say(f'{missing} of {sum(found.workers.values())} workers do not answer')
+    runs.say(f'{missing} of {sum(found.workers.values())} workers do not answer: {why}')
 
 
 # --- copying back ---------------------------------------------------------------------------------
@@ -296,7 +323,7 @@ def results(gcloud, tpu, args):
 
 def _new(gcloud, out):
   """The folder `out`, made now. Raises Refused where it holds something."""
-  out = pathlib.Path(out)
+  out = pathlib.Path(out).absolute()  # of which scp takes nothing for an option or a host
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise commands.Refused(f'--out={out} holds something already: name a new folder')
   if not gcloud.dry:

@@ -64,14 +64,30 @@ def tmux(*words):
 
 
 def live():
-  """Names of the runs that are under way: in tmux, or saving after their session was killed."""
+  """Names of the runs that are under way: in tmux, saving after their session was killed, or left
+  behind by a loop that was.
+  """
   names = tmux('list-sessions', '-F', '#{session_name}').stdout.split()
   found = {name[len('diffax-'):] for name in names if name.startswith('diffax-')}
   for path in (BASE / 'logs').glob('*/state.json'):
     state = read(path)
-    if state.get('state') == 'running' and loops(state.get('loop', 0)):
+    if state.get('state') == 'running' and (loops(state.get('loop', 0)) or alive(state)):
       found.add(path.parent.name)
   return sorted(found)
+
+
+def born(pid):
+  """When a process began, in the kernel's ticks; None where it has ended."""
+  try:
+    told = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+  except OSError:
+    return None
+  return None if told[0] == 'Z' else int(told[19])
+
+
+def alive(state):
+  """Whether the command of a run is, for its number may be another's since."""
+  return 'born' in state and born(state['pid']) == state['born']
 
 
 def loops(pid):
@@ -184,11 +200,13 @@ def must(words):
 # --- running --------------------------------------------------------------------------------------
 
 
-def start(run, tries, pause, words):
+def start(run, tries, pause, tree, words):
   if live():
     raise Refusal(f'run {live()[0]} is under way here')
   if not (BASE / 'tree').exists():
     raise Refusal('nothing is set up here')
+  if tree and (BASE / 'tree').resolve().name != tree[:16]:
+    raise Refusal('another tree is set up here than was last on all workers: set it up again')
   folder(run).mkdir(parents=True, exist_ok=True)
   if (folder(run) / 'stop').exists():
     (folder(run) / 'stop').unlink()
@@ -242,7 +260,8 @@ class Loop:
         self.say(f'error: {error}')
         return MISTAKE
     write(self.folder / 'state.json', {
-      'state': 'running', 'tries': tries, 'loop': os.getpid(), 'pid': self.child.pid})
+      'state': 'running', 'tries': tries, 'loop': os.getpid(), 'pid': self.child.pid,
+      'born': born(self.child.pid)})
     told = False
     while self.child.poll() is None:
       if self.due() and not told:
@@ -298,20 +317,25 @@ def stop(run, grace, restart):
     (folder(run) / 'stop').write_text('')
   end, asked = time.monotonic() + grace, None
   while run in live() and time.monotonic() < end:
-    loop = read(folder(run) / 'state.json').get('loop')  # none yet where it has only begun
-    if loop and loop != asked:
-      kill(os.kill, loop, signal.SIGUSR1)
-      asked = loop
+    state = read(folder(run) / 'state.json')  # without a loop yet where it has only begun
+    loop = state['loop'] if loops(state.get('loop', 0)) else 0
+    told = (os.kill, loop, signal.SIGUSR1) if loop else None
+    if not loop and alive(state):  # nobody is left to hand it on
+      told = os.killpg, state['pid'], signal.SIGTERM
+    if told and told != asked:
+      kill(*told)
+      asked = told
     time.sleep(0.2)
+  state, how = read(folder(run) / 'state.json'), 'interrupted' if restart else 'stopped'
   if run not in live():
+    if state.get('state') == 'running':
+      write(folder(run) / 'state.json', state | {'state': how})
     return {}
-  state = read(folder(run) / 'state.json')
   tmux('kill-session', '-t', '=' + session(run))
   if 'pid' in state:
     kill(os.killpg, state['pid'], signal.SIGKILL)
     kill(os.kill, state['loop'], signal.SIGKILL)
-  write(folder(run) / 'state.json', {
-    'state': 'interrupted' if restart else 'stopped', 'status': -9})
+  write(folder(run) / 'state.json', {'state': how, 'status': -9})
   return {'killed': True}
 
 
@@ -326,6 +350,7 @@ def arguments(argv):
   parser.add_argument('--extras', default='tpu')
   parser.add_argument('--tries', type=int, default=1)
   parser.add_argument('--pause', type=float, default=0)
+  parser.add_argument('--tree', default='', help='start: the sha256 of what is set up')
   parser.add_argument('--grace', type=float, default=0)
   parser.add_argument('--restart', action='store_true', help='stop: but not for good')
   cut = argv.index('--') if '--' in argv else len(argv)
@@ -343,7 +368,7 @@ def main(argv=None):
       Loop(args.name).run()
       return 0
     if args.what == 'start':
-      start(args.name, args.tries, args.pause, words)
+      start(args.name, args.tries, args.pause, args.tree, words)
     if args.what == 'stop':
       more = stop(args.name, args.grace, args.restart)
   except Refusal as error:

@@ -37,8 +37,8 @@ FLAGS = {
   'tpu-vm create': ['--accelerator-type', '--version', '--spot', '--internal-ips', '--labels'],
   'tpu-vm describe': [],
   'tpu-vm delete': [],
-  'tpu-vm ssh': ['--worker', '--command', '--internal-ip'],
-  'tpu-vm scp': ['--worker', '--recurse', '--internal-ip'],
+  'tpu-vm ssh': ['--worker', '--command', '--internal-ip', '--ssh-flag'],
+  'tpu-vm scp': ['--worker', '--recurse', '--internal-ip', '--scp-flag'],
 }
 SWITCHES = ('--quiet', '--spot', '--internal-ips', '--internal-ip', '--force', '--recurse',
             '--reserved')
@@ -46,7 +46,7 @@ PYTHON = '''#!/bin/bash
 # The real one, but for what would need a network.
 case "$1 $2" in
   '-m venv') mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; exit ;;
-  '-m pip') printf '%s\\n' "$*" >> "$HOME/pip.log"; exit ${FAKE_PIP:-0} ;;
+  '-m pip') printf '%s\\n' "$*" >> "$HOME/pip.log"; [ ! -e "$HOME/no-pip" ]; exit ;;
 esac
 case "$0" in
   */venv/*) exec '{python}' "$@" ;;
@@ -89,6 +89,12 @@ def preempt(cloud, name):
   path = cloud / 'queued' / f'{name}.json'
   if path.exists():
     write(path, read(path) | {'state': 'SUSPENDED'})
+
+
+def suspend(cloud, name, by):
+  """The cloud or its USER has taken what a queued resource held."""
+  path = cloud / 'queued' / f'{name}.json'
+  write(path, read(path) | {'state': 'SUSPENDED', 'by': by})
 
 
 def kill(cloud, node, number=signal.SIGKILL):
@@ -198,7 +204,8 @@ def create(cloud, group, args):
     raise Refusal('argument --runtime-version --accelerator-type: must be specified')
   count = int(args.node_count or 1)
   names = [args.node_id] if args.node_id else [f'{args.node_prefix}-{i}' for i in range(count)]
-  write(path, {'state': QUEUE[0], 'nodes': names})
+  node = {'acceleratorType': args.accelerator_type, 'runtimeVersion': args.runtime_version}
+  write(path, {'state': QUEUE[0], 'nodes': names, 'node': node})
 
 
 def describe(cloud, group, args):
@@ -207,7 +214,8 @@ def describe(cloud, group, args):
   if group == 'tpu-vm':
     print(json.dumps({'state': told['state'], 'networkEndpoints': [{}] * told['workers']}))
     return
-  answer = {'state': {'state': told['state']}}
+  answer = {'state': {'state': told['state'], 'stateInitiator': told.get('by', 'SERVICE')},
+            'tpu': {'nodeSpec': [{'node': told.get('node', {})}]}}
   if told['state'] == 'FAILED':
     answer['state']['failedData'] = {'error': {'message': told['message']}}
   print(json.dumps(answer))
@@ -290,7 +298,7 @@ def ssh(cloud, args):
 
 def environment(place):
   # A machine starts afresh: of our own environment only what makes tests fast and finds programs.
-  kept = ('PATH', 'LANG', 'DIFFAX_TEST_SLEEP', 'JAX_COMPILATION_CACHE_DIR', 'FAKE_PIP')
+  kept = ('PATH', 'LANG', 'DIFFAX_TEST_SLEEP', 'JAX_COMPILATION_CACHE_DIR')
   return {name: os.environ[name] for name in kept if name in os.environ} | {
     'HOME': str(place), 'PATH': f'{place / "bin"}:{os.environ["PATH"]}',
     'TMUX_TMPDIR': str((place / 'tmux').resolve())} | read(place / 'variables.json')

@@ -28,11 +28,14 @@ def test_words_arrive_as_they_are(words):
 @pytest.mark.parametrize('words', [
   ['API_KEY=abc'], ['--api-key=abc'], ['--config.log.token=abc'], ['HF_TOKEN=abc'],
   ['--password', 'abc'], ['aws_secret_access_key=abc'], ['--config.x.credentials=abc'],
-  ['git', 'https://me:abc@host/x'],
+  ['git', 'https://me:abc@host/x'], ['--metadata=HF_TOKEN=abcdef'],
+  ['bash', '-c', 'cd x && WANDB_API_KEY=abcdef python -m diffax.main'],
+  ['--config.headers={"api_key": "abcdef"}'], ['--login', 'hf_' + 'abc' * 8],
+  ['ghp_' + 'abc' * 12], ['http://host/x?token=abcdef'],
 ])
 def test_secrets(words):
   """They are refused, and what is secret is not in the message."""
-  with pytest.raises(commands.Refused, match='secret|password') as error:
+  with pytest.raises(commands.Refused, match='secret|password|token') as error:
     commands.quoted(words)
   assert 'abc' not in str(error.value)
 
@@ -40,6 +43,8 @@ def test_secrets(words):
 @pytest.mark.parametrize('words', [
   ['--config.schedule.tokens=4096'], ['--config.model.tokenizer=clip'], ['--key'], ['monkey=1'],
   ['--config.seed=0'], ['gs://bucket/x:y@z'], ['http://host:8080/x'],
+  ['bash', '-c', 'WANDB_API_KEY=$(cat key) python -m diffax.main'], ['--prompt', 'a token: ring'],
+  ['task-force-of-a-hundred-words'],
 ])
 def test_what_is_no_secret(words):
   assert shlex.split(commands.quoted(words)) == words
@@ -77,6 +82,9 @@ def test_files(tmp_path):
   (tmp_path / 'none').mkdir()
   with pytest.raises(commands.Refused, match='git checkout'):
     commands.files('/')
+  (tmp_path / 'linked').symlink_to(tmp_path / 'none')
+  with pytest.raises(commands.Refused, match='linked in .*gitignore'):
+    commands.files(tmp_path)
 
 
 def test_told(capsys):

@@ -273,6 +273,18 @@ def test_launcher_stops_all_when_one_dies(tmp_path):
     '[0] here', '[1] here', '[2] here']
 
 
+def test_a_reader_that_goes():
+  """`... | head` has read enough: the hosts go on, and nothing waits for ever."""
+  code = 'for i in range(20000): print("a line of some length, so that a pipe is full", i)'
+  command = [sys.executable, str(run_diffax.ROOT / 'launch' / 'local.py'), '--hosts=1', '--']
+  process = subprocess.Popen([*command, sys.executable, '-c', code], stdout=subprocess.PIPE)
+  assert process.stdout.readline().startswith(b'[0] a line')
+  process.stdout.close()
+  assert process.wait(60) == 0
+  done = subprocess.run([*command, 'no-such-program'], capture_output=True, text=True)
+  assert done.returncode == 2 and "'no-such-program' is no program" in done.stderr
+
+
 # --- faults, a part of experiments/faults ---------------------------------------------------------
 
 

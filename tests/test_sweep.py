@@ -14,7 +14,8 @@ import run_diffax
 
 sys.path.insert(0, str(run_diffax.ROOT / 'launch'))
 
-import sweep  # noqa: E402, of the folder above
+import commands  # noqa: E402, of the folder above
+import sweep  # noqa: E402
 from commands import Refused  # noqa: E402
 
 # Stands in for training: writes what a run of `run_diffax.get_config` would. The environment says
@@ -303,7 +304,7 @@ def test_signals(root, fake):
     begun = lambda i: (root / f'seed={i}.log').exists() and (
       (root / f'seed={i}.log').read_text() == 'began\n')
     wait_for(lambda: begun(0) and begun(1), process)
-    with pytest.raises(Refused, match='another sweep'), sweep.alone(root):
+    with pytest.raises(Refused, match='busy'), commands.alone(root / 'sweep.lock', 'busy'):
       pass
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
@@ -312,7 +313,7 @@ def test_signals(root, fake):
   assert process.returncode == 128 + signal.SIGTERM
   assert said.count('stopped  seed=') == 2 and '1 runs were not begun' in said
   assert sorted(starts(root)) == ['seed=0', 'seed=1']
-  with sweep.alone(root):  # the lock is free again
+  with commands.alone(root / 'sweep.lock', 'busy'):  # the lock is free again
     pass
 
 

@@ -147,6 +147,10 @@ def test_create_tells_why_not(place):
                     {'state': 'PROVISIONING', 'nodes': ['tune']})
   assert 'ACTIVE' in place('create', 'tune', *MADE)
   assert place.verbs().count('create') == 1
+  fake_gcloud.write(place.cloud / 'queued' / 'large.json', {
+    'state': 'WAITING_FOR_RESOURCES', 'nodes': ['large'],
+    'node': {'acceleratorType': 'v5litepod-256', 'runtimeVersion': MADE[-1].partition('=')[2]}})
+  assert 'already, with v5litepod-256' in place('create', 'large', *MADE, status=2)
 
 
 def test_gcloud_is_missing(place):
@@ -186,15 +190,47 @@ def test_setup(shared, tree):
   assert (before / 'sub' / 'a file.txt').read_text() == 'one'
 
 
-def test_setup_that_fails_changes_nothing(shared, tree):
-  old = (shared.home() / 'diffax-launch' / 'tree').resolve()
+def test_setup_that_fails(place, tree):
+  """Everywhere, it changes nothing; somewhere, nothing runs until all workers have one tree."""
+  place('create', 'tune', *MADE)
+  place('setup', 'tune', f'--tree={tree}')
+  old = (place.home() / 'diffax-launch' / 'tree').resolve()
   (tree / 'new.txt').write_text('new')
-  shared.env['FAKE_PIP'] = '1'
-  said = shared('setup', 'tune', f'--tree={tree}', status=1)
-  del shared.env['FAKE_PIP']
+  for n in range(2):
+    (place.home(worker=n) / 'no-pip').touch()
+  said = place('setup', 'tune', f'--tree={tree}', status=1)
   assert 'tune: ' in said and '-m pip install' in said
-  assert (shared.home() / 'diffax-launch' / 'tree').resolve() == old
-  assert 'no git checkout' in shared('setup', 'tune', f'--tree={shared.folder}', status=2)
+  assert (place.home() / 'diffax-launch' / 'tree').resolve() == old
+  place('run', 'tune', '--', 'true')
+  until(lambda: place.states() == ['ended, try 1'] * 2)
+  (place.home() / 'no-pip').unlink()
+  place('setup', 'tune', f'--tree={tree}', status=1)
+  assert 'worker 0: another tree is set up' in place('run', 'tune', '--', 'true', status=1)
+  (place.home(worker=1) / 'no-pip').unlink()
+  place('setup', 'tune', f'--tree={tree}')
+  place('run', 'tune', '--', 'true')
+  assert 'no git checkout' in place('setup', 'tune', f'--tree={place.folder}', status=2)
+
+
+def test_trees_that_are_refused(place, tree, tmp_path):
+  place('create', 'tune', *MADE)
+  other = tmp_path / 'other'
+  shutil.copytree(tree, other)
+  (other / 'runs').mkdir()
+  (other / 'runs' / 'a').write_text('')
+  assert '.gitignore' in place('setup', 'tune', f'--tree={other}', status=2)
+  assert '--extras' in place('setup', 'tune', f'--tree={tree}', '--extras=tpu;id', status=2)
+  said = place('setup', 'tune', f'--tree={tree}', '--extras=tpu', '--dry-run')
+  assert '--extras tpu' in said and 'ssh' not in place.verbs()
+
+
+def test_damaged_record(place):
+  kept = place.folder / 'state' / 'diffax' / 'tpu' / 'tune.json'
+  kept.parent.mkdir(parents=True)
+  for text in ('{', '{"tpu": {"colour": "red"}}'):
+    kept.write_text(text)
+    said = place('status', 'tune', '--zone=z-1', status=2)
+    assert str(kept) in said and said.count('\n') == 1
 
 
 def test_old_python(place, tree):
@@ -370,6 +406,46 @@ def test_stop_of_a_run_that_does_not_end(shared):
   until(lambda: not any(fake_gcloud.processes(shared.home(worker=n)) for n in range(2)), 20)
 
 
+def test_a_loop_that_was_killed(shared):
+  """What it had started goes on, keeps others from starting, and is stopped."""
+  shared('run', 'tune', '--run=orphan', '--', 'python', '-c', waits())
+  until(lambda: all('waits' in shared.log('orphan', worker=n) for n in range(2)))
+  folder = shared.home() / 'diffax-launch' / 'logs' / 'orphan'
+  os.kill(fake_gcloud.read(folder / 'state.json')['loop'], signal.SIGKILL)
+  time.sleep(0.3)
+  assert shared.states('orphan') == ['running, try 1'] * 2
+  assert 'run orphan is under way' in shared('run', 'tune', '--run=next', '--', 'true', status=1)
+  shared('stop', 'tune', '--run=orphan', '--grace=60')
+  assert shared.states('orphan') == ['stopped, try 1'] * 2
+  assert all('saved' in shared.log('orphan', worker=n) for n in range(2))
+
+
+def test_slices(place, tree):
+  """Both are set up, run and stopped; a log is one slice's."""
+  place('create', 'tune', *MADE, '--slices=2')
+  place('setup', 'tune', f'--tree={tree}')
+  place('run', 'tune', '--', 'python', '-c', waits())
+  homes = [place.home(f'tune-{i}', n) for i in range(2) for n in range(2)]
+  logs = [home / 'diffax-launch' / 'logs' / 'run' / 'log' for home in homes]
+  until(lambda: all(log.exists() and 'waits' in log.read_text() for log in logs))
+  assert place.states() == ['running, try 1'] * 4
+  place('stop', 'tune', '--grace=60')
+  assert all('saved' in log.read_text() for log in logs)
+  place('logs', 'tune', '--out', place.folder / 'logs')
+  assert sorted(path.name for path in (place.folder / 'logs').iterdir()) == [
+    'tune-0-0.log', 'tune-0-1.log', 'tune-1-0.log', 'tune-1-1.log']
+
+
+def test_workers_that_do_not_answer(shared):
+  """Why is told; and ssh does not wait for a machine that is gone."""
+  said = 'SSH Key is not present in the SSH agent. Please run ssh-add'
+  for words in (['status', 'tune'], ['run', 'tune', '--run=mute', '--', 'true']):
+    fake_gcloud.refuse(shared.cloud, ['worker.py status'], said)
+    assert said in shared(*words, status=int(words[0] == 'run'))
+  sent = [call for call in fake_gcloud.calls(shared.cloud) if call[4] in ('ssh', 'scp')]
+  assert all(any('-oServerAliveInterval=15' in word for word in call) for call in sent)
+
+
 def test_all_workers_or_none(place, tree):
   """Where one cannot start, the others do not wait for it."""
   place('create', 'tune', *MADE)
@@ -457,13 +533,13 @@ def test_watch_renews_after_preemption(watched, tree):
   """With the tree of then, though it has changed since; a quota that is full for a while."""
   place = watched.place
   (tree / 'sub' / 'a file.txt').write_text('changed meanwhile')
-  fake_gcloud.refuse(place.cloud, ['create'], 'RESOURCE_EXHAUSTED: later', times=2)
+  fake_gcloud.refuse(place.cloud, ['create'], 'RESOURCE_EXHAUSTED: later', times=12)
   fake_gcloud.preempt(place.cloud, 'tune')
   said = watched.ends(0)
   for words in ('SUSPENDED; asking for it again', 'RESOURCE_EXHAUSTED: later; trying again',
                 'PROVISIONING', 'started again', 'finished'):
     assert words in said
-  assert place.verbs().count('delete') == 1 and place.verbs().count('create') == 4
+  assert place.verbs().count('delete') == 1 and place.verbs().count('create') == 14
   first, *_, last = [call for call in fake_gcloud.calls(place.cloud) if call[4] == 'create']
   assert first == last
   assert 'second' in place.log() and 'second' in place.log(worker=1)
@@ -487,15 +563,56 @@ def test_watch_ends_where_the_user_ended_it(watched):
   """A TPU that was deleted is not made again, nor a stopped run started."""
   place = watched.place
   place('stop', 'tune', '--grace=60')
-  assert 'stopped' in watched.ends(0)
+  assert 'stopped' in watched.ends(3)
   again = Watching(place, 'run', 'tune', '--watch')
-  again.ends(0)
+  again.ends(3)
   place('run', 'tune', '--', 'sleep', '600')
   again = Watching(place, 'run', 'tune', '--watch')
   again.says('running')
   place('delete', 'tune', '--yes')
   assert 'absent' in again.ends(1)
   assert place.verbs().count('create') == 1
+
+
+def test_watch_takes_up_what_another_left(watched, tmp_path):
+  """In the midst of renewing, whichever node was taken; the same command goes on watching."""
+  place, words = watched.place, ['bash', '-c', ONCE.format(tmp_path)]
+  assert 'by another process' in place('run', 'tune', '--watch', status=2)
+  fake_gcloud.refuse(place.cloud, ['create'], 'RESOURCE_EXHAUSTED: later', times=1000)
+  path = place.cloud / 'nodes' / 'tune.json'
+  fake_gcloud.kill(place.cloud, 'tune')
+  fake_gcloud.write(path, fake_gcloud.read(path) | {'state': 'PREEMPTED'})  # its resource ACTIVE
+  watched.says('RESOURCE_EXHAUSTED')
+  watched.process.kill()
+  watched.process.wait()
+  fake_gcloud.refuse(place.cloud, ['create'], '', times=0)
+  again = Watching(place, 'run', 'tune', '--watch')
+  again.says('PROVISIONING')
+  assert 'finished' in again.ends(0)
+  place('run', 'tune', '--', 'sleep', '600')
+  again = Watching(place, 'run', 'tune', '--watch', '--', 'sleep', '600')
+  again.says('run run: running')
+  assert 'is under way' in again.text.read_text()
+  place('stop', 'tune', '--grace=60')
+  again.ends(3)
+  place('run', 'tune', '--watch', '--', *words)  # the files of the first time are there
+
+
+def test_stopped_while_its_machines_are_away(watched):
+  place = watched.place
+  fake_gcloud.refuse(place.cloud, ['create'], 'RESOURCE_EXHAUSTED: later', times=1000)
+  fake_gcloud.preempt(place.cloud, 'tune')
+  watched.says('RESOURCE_EXHAUSTED')
+  assert 'not ready' in place('stop', 'tune', '--run=other', status=1)
+  assert 'is not started again' in place('stop', 'tune')
+  assert 'stopped' in watched.ends(3)
+
+
+def test_watch_does_not_make_again_what_its_user_deleted(watched):
+  fake_gcloud.suspend(watched.place.cloud, 'tune', 'USER')
+  said = watched.ends(1)
+  assert 'a user has deleted' in said and 'not to be had' in said
+  assert watched.place.verbs().count('delete') == 0
 
 
 def test_watch_tells_a_mistake(shared):
@@ -550,7 +667,7 @@ def test_training_is_preempted_and_resumed(calm, tmp_path):
     watching = Watching(place, *start)
     until(lambda: steps() >= 3 or watching.process.poll() is not None, 600)
     place('stop', 'tune')
-    assert 'stopped' in watching.ends(0) and steps() < STEPS - 15
+    assert 'stopped' in watching.ends(3) and steps() < STEPS - 15
     assert f'stopped at step {steps()}; the same command goes on' in place.log()
     stopped = steps()
     watching = Watching(place, *start)
