@@ -105,12 +105,14 @@ def _explicit(said):
 
 
 def _slurm(env):
-  """jax gives each task one device, which is wrong where a task has a node for itself."""
+  """jax gives each task one device, which is wrong where a task has a node for itself: it then has
+  those that Slurm tells of, and all there are where Slurm knows of none.
+  """
   tasks = env.get('SLURM_STEP_TASKS_PER_NODE', env.get('SLURM_NTASKS_PER_NODE', ''))
   if tasks.partition('(')[0] != '1':  # '1(x4)': one on each of four nodes
     return {}
   devices = env.get('CUDA_VISIBLE_DEVICES', '')
-  count = len(devices.split(',')) if devices else int(env.get('SLURM_GPUS_ON_NODE', 1))
+  count = len(devices.split(',')) if devices else int(env.get('SLURM_GPUS_ON_NODE', 0))
   return dict(local_device_ids=list(range(count)))
 
 

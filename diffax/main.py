@@ -388,9 +388,9 @@ def main(argv=None):
   except BrokenPipeError:  # `... --mode replay --step 9 | head` has read enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
-    from diffax.train import BadStep
+    from diffax.train import BadStep, WorkerGone
 
-    if not isinstance(error, (BadStep, hosts.Apart)):
+    if not isinstance(error, (BadStep, WorkerGone, hosts.Apart)):
       hosts.fail()
       raise
     print(f'error: {error}', file=sys.stderr)

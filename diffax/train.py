@@ -334,6 +334,10 @@ class BadStep(Exception):
   """A loss or a gradient was not finite."""
 
 
+class WorkerGone(Exception):
+  """A process that makes batches has died, of want of memory perhaps: a new start may do."""
+
+
 def each_loss(run, state, number=0):
   """Does the step after `state` again without the update: (batch, losses [b], info {name: [b]}).
 
@@ -577,8 +581,8 @@ def _loop(run, state, start, data, out, stop):
 
 
 def _next(data, step, log):
-  """The next batch; how long it was waited for is noted. Raises ConfigError for a broken record, or
-  a worker process that died.
+  """The next batch; how long it was waited for is noted. Raises ConfigError for a broken record,
+  WorkerGone.
   """
   began = time.perf_counter()
   try:
@@ -586,7 +590,7 @@ def _next(data, step, log):
   except ValueError as error:  # a broken record, which the message names
     raise ConfigError(f'step {step}: {" ".join(str(error).split())}') from error
   except RuntimeError as error:
-    raise ConfigError(
+    raise WorkerGone(
       f'step {step}: a data worker is gone ({" ".join(str(error).split())[:200]}); where memory is '
       'short, take fewer config.data.workers; the same command goes on from the last checkpoint'
     ) from error

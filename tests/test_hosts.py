@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import run_diffax
 
+from diffax import checkpoint
 from diffax import hosts
 from diffax import main
 from diffax.build import ConfigError
@@ -47,6 +49,7 @@ SLURM = dict(SLURM_JOB_ID='7', SLURM_NTASKS='4', SLURM_PROCID='1')
    dict(local_device_ids=[0, 1, 2])),
   (dict(SLURM, SLURM_NTASKS_PER_NODE='1', SLURM_GPUS_ON_NODE='8'),
    dict(local_device_ids=list(range(8)))),
+  (dict(SLURM, SLURM_NTASKS_PER_NODE='1'), dict(local_device_ids=[])),  # for jax all there are
   (dict(OMPI_COMM_WORLD_SIZE='2'), {}),
   (dict(OMPI_COMM_WORLD_SIZE='1'), None),
 ])
@@ -271,6 +274,24 @@ def test_launcher_stops_all_when_one_dies(tmp_path):
   assert 'host 1 ended with status 3; stopping the others' in done.stdout
   assert sorted(line for line in done.stdout.splitlines() if 'here' in line) == [
     '[0] here', '[1] here', '[2] here']
+
+
+def test_a_stop_that_reaches_data_workers(tmp_path):
+  """As a cluster's does: the hosts need batches until they have agreed on a step, and save there."""
+  command = [sys.executable, str(run_diffax.ROOT / 'launch' / 'local.py'), '--hosts=2', '--',
+             sys.executable, '-m', 'diffax.main', f'--workdir={tmp_path / "run"}',
+             f'--config={run_diffax.SMOKE}', '--config.data.name=run_diffax.digits',
+             '--config.data.workers=1', '--config.log_every=1', '--config.mesh.fsdp=2']
+  text = tmp_path / 'text'
+  with open(text, 'w') as out:
+    process = subprocess.Popen(command, stdout=out, stderr=out, env=run_diffax.environment(1, 0.02))
+  while 'step 2/20' not in text.read_text():
+    assert process.poll() is None, text.read_text()
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(120) == 0, text.read_text()
+  stopped, = checkpoint.present(tmp_path / 'run' / 'checkpoints')
+  assert f'SIGTERM: stopped at step {stopped}' in text.read_text()
 
 
 def test_a_reader_that_goes():

@@ -28,6 +28,7 @@ import collections
 import functools
 import hashlib
 import operator
+import signal
 import sys
 from typing import NamedTuple
 
@@ -243,7 +244,17 @@ def _iterator(ds, workers):
   if not flags.FLAGS.is_parsed():  # a notebook or a test: grain's processes read absl flags
     flags.FLAGS.mark_as_parsed()
   ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  return iter(ds.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)))
+  options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+  return iter(ds.mp_prefetch(options, worker_init_fn=_deaf))
+
+
+def _deaf(worker, workers):
+  """Clusters and terminals tell a whole group of processes to stop: the main one then saves, and
+  needs data until all hosts have agreed on a step.
+  """
+  del worker, workers
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
 
 
 def batch_at(source, step, batch_size, *, seed, **options):
