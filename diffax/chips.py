@@ -31,8 +31,8 @@ class Chip(NamedTuple):
   kinds: how its `device_kind` may begin. half, single: FLOP/s of dense products in bfloat16 and of
   float32 arrays as jax multiplies them by default (TPUs by one pass of bfloat16, GPUs by TF32).
   memory: bytes of HBM; usable: those a program may have; bandwidth: bytes/s of it. fast, slow:
-  bytes/s one way of a chip's share of the network within its island (ICI, NVLink) and beyond. None:
-  not known.
+  bytes/s one way of a chip's share of the network within its island (ICI by all `ports`, NVLink)
+  and beyond. None: not known.
   """
 
   kinds: tuple
@@ -43,24 +43,28 @@ class Chip(NamedTuple):
   bandwidth: float | None = None
   fast: float | None = None
   slow: float | None = None
+  ports: int | None = None
 
 
 GiB = 2**30
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (peak compute, HBM, its bandwidth, inter-chip
-# interconnect in Gbit/s over 8); `usable` is what libtpu 0.0.42 allows; `slow` is of
-# jax-ml.github.io/scaling-book/tpus. GPUs: data sheets of A100, H100 and H200 (SXM; NVLink one way,
-# TF32 without sparsity); `slow` a network card of 400 Gbit/s a GPU, as in DGX H100; A100: 200.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} of 2026 (peak compute, HBM, its bandwidth, a
+# half of the bidirectional inter-chip interconnect, ports); `usable` is what libtpu 0.0.42 allows;
+# `slow` is of jax-ml.github.io/scaling-book/tpus. GPUs: data sheets of A100, H100 and H200 (SXM;
+# NVLink one way, TF32 without sparsity), but for memory what CUDA tells of such a card, for the
+# sheets' 80 and 141 GB are rounded; `slow` a network card of 400 Gbit/s a GPU, as in DGX H100;
+# A100: 200.
 CHIPS = {
-  'v4': Chip(('TPU v4',), 275e12, 275e12, 32 * GiB, 30.75 * GiB, 1228e9, 300e9, 6.25e9),
+  'v4': Chip(('TPU v4',), 275e12, 275e12, 32 * GiB, 30.75 * GiB, 1228e9, 300e9, 6.25e9, 6),
   'v5e': Chip(('TPU v5 lite', 'TPU v5e'), 197e12, 197e12, 16 * GiB, 15.75 * GiB, 819e9, 200e9,
-              3.125e9),
+              3.125e9, 4),
   'v5p': Chip(('TPU v5p', 'TPU v5'), 459e12, 459e12, 95.74 * GiB, 95.74 * GiB, 2765e9, 600e9,
-              6.25e9),
-  'v6e': Chip(('TPU v6 lite', 'TPU v6e'), 918e12, 918e12, 32 * GiB, 31.25 * GiB, 1640e9, 448e9,
-              12.5e9),
-  'h100': Chip(('NVIDIA H100',), 989e12, 494e12, 80e9, None, 3.35e12, 450e9, 50e9),
-  'h200': Chip(('NVIDIA H200', 'NVIDIA GH200'), 989e12, 494e12, 141e9, None, 4.8e12, 450e9, 50e9),
-  'a100': Chip(('NVIDIA A100',), 312e12, 156e12, 80e9, None, 2.04e12, 300e9, 25e9),
+              6.25e9, 6),
+  'v6e': Chip(('TPU v6 lite', 'TPU v6e'), 918e12, 918e12, 32 * GiB, 31.25 * GiB, 1638e9, 400e9,
+              12.5e9, 4),
+  'h100': Chip(('NVIDIA H100',), 989e12, 494e12, 79.1 * GiB, None, 3.35e12, 450e9, 50e9),
+  'h200': Chip(('NVIDIA H200', 'NVIDIA GH200'), 989e12, 494e12, 139.7 * GiB, None, 4.8e12, 450e9,
+               50e9),
+  'a100': Chip(('NVIDIA A100',), 312e12, 156e12, 79.1 * GiB, None, 2.04e12, 300e9, 25e9),
 }
 OTHERS = (  # whose FLOP/s alone are used
   Chip(('TPU v2',), 45e12), Chip(('TPU v3',), 123e12), Chip(('TPU7x',), 2307e12),
@@ -69,6 +73,8 @@ OTHERS = (  # whose FLOP/s alone are used
   Chip(('NVIDIA B200',), 2250e12), Chip(('NVIDIA GB200',), 2500e12),
 )
 DESCRIBED = ('h100', 'h200')  # to the compiler, by HOPPER
+LARGEST = {  # chips of a slice, by the pages named; GPUs that NVLink joins; processes of a machine
+  'v4': 4096, 'v5e': 256, 'v5p': 6144, 'v6e': 256, 'h100': 8, 'h200': 8, 'cpu': 1024}
 
 
 class Topology(NamedTuple):
@@ -124,6 +130,11 @@ def topology(text):
     raise ConfigError(f'--topology={text!r}: {near(name, known)}')
   if min(slices, *sizes) < 1:
     raise ConfigError(f'--topology={text!r}: sizes are 1 and more')
+  most, each = LARGEST[name], sizes[-1] if name in DESCRIBED else math.prod(sizes)
+  if each > most:
+    remedies = {'cpu': '', **dict.fromkeys(DESCRIBED, f'; several hosts are {name}:HOSTSx{most}')}
+    remedy = remedies.get(name, '; several slices are N*CHIP:SIZES, as 2*v6e:16x16')
+    raise ConfigError(f'--topology={text!r}: {each}, where {name} goes up to {most}{remedy}')
   chip, devices = known[name](text, name, slices, sizes)
   return Topology(text, chip, tuple(devices))
 
@@ -137,6 +148,8 @@ def _tpus(text, name, slices, sizes):
     raise ConfigError(
       f'--topology={text}: compiling for TPUs needs libtpu: pip install "diffax[tpu]"') from error
   options = dict(num_slices=slices) if slices > 1 else {}
+  if math.prod(sizes) == 1:  # of a host whose other chips are others'
+    options['chips_per_host_bounds'] = [1, 1, 1]
   if name == 'v4':  # its two cores are one device, as they are to jax on a real one
     options['chip_config_name'] = 'megacore'
   library = str(pathlib.Path(libtpu.__file__).parent / 'libtpu.so')
@@ -147,7 +160,18 @@ def _tpus(text, name, slices, sizes):
     raise ConfigError(
       f'--topology={text}: libtpu has no such slice ({" ".join(str(error).split())[:200]}); v4 and '
       'v5p have three sizes, as 4x4x8, v5e and v6e two, as 8x16') from error
-  return CHIPS[name], made.devices
+  chip = CHIPS[name]
+  return chip._replace(fast=chip.fast * max(links(sizes), 1) / chip.ports), made.devices
+
+
+def links(sizes):
+  """By how many ports the chips of a slice send, at least one of them, where all send alike.
+
+  Two along an axis that closes to a ring, else one, for at its ends there is no other: v5e and v6e
+  close axes of 16, v4 and v5p all, in slices of cubes of 4 (jax-ml.github.io/scaling-book/tpus).
+  """
+  closed = lambda n: n == 16 if len(sizes) == 2 else all(m % 4 == 0 for m in sizes)
+  return sum(2 if closed(n) else 1 for n in sizes if n > 1)
 
 
 KINDS = {'v4': 'v4-8', 'v5e': 'v5litepod-4', 'v5p': 'v5p-8', 'v6e': 'v6e-4'}

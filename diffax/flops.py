@@ -25,7 +25,10 @@ def count(function, *args):
 
 
 def of(jaxpr):
-  """{dtype: FLOPs} of a traced program, by the dtype of what is multiplied."""
+  """{dtype: FLOPs} of a traced program, by the dtype of what is multiplied.
+
+  Raises ValueError where the data tell how often products are taken, as an adaptive solver's do.
+  """
   found = collections.Counter()
   for equation in jaxpr.eqns:
     for dtype, flops in _equation(equation).items():
@@ -46,9 +49,18 @@ def _equation(equation):
   if name == 'cond':
     branches = [of(branch.jaxpr) for branch in params['branches']]
     return max(branches, key=lambda branch: sum(branch.values()))
-  times = params['length'] if name == 'scan' else 1
+  times = params['length'] if name == 'scan' else _parts(params) if name == 'shard_map' else 1
+  if name == 'while' and any(any(each.values()) for each in inner):
+    raise ValueError('products stand in a loop that runs as often as the data say')
   return collections.Counter(
     {dtype: times * sum(each[dtype] for each in inner) for dtype in set().union(*inner)})
+
+
+def _parts(params):
+  """On how many devices each carries out the program of its own part."""
+  names = [n for n in ('newly_manual_axes', 'manual_axes') if n in params]  # by jax's version
+  axes = params[names[0]] if names else params['mesh'].axis_names
+  return math.prod(params['mesh'].shape[axis] for axis in axes)
 
 
 def _product(equation, each):

@@ -71,6 +71,7 @@ class Program(NamedTuple):
 
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*)$')
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?\s*$')
 _SHAPE = re.compile(r'([a-z]\w*)\[([\d,<=? ]*)\](\{[^{}]*\})?')
 _NAME = re.compile(r'%([\w.\-]+)')
 _CALL = re.compile(
@@ -79,22 +80,35 @@ _CALL = re.compile(
 
 
 def parse(text):
-  """The program of `compiled.as_text()`. Raises ValueError where there is none."""
+  """The program of `compiled.as_text()`. Raises ValueError where it is not read whole."""
   computations, entry, current = {}, None, None
   for line in text.splitlines():
-    if line.endswith('{') and (head := _HEAD.match(line)):
-      current = computations.setdefault(head[2], {})
-      entry = head[2] if head[1] else entry
-    elif line.startswith('}'):
+    if current is None:
+      if line.endswith('{') and (head := _HEAD.match(line)):
+        current, name = [], head[2]
+        entry = name if head[1] else entry
+      elif _LINE.match(line):
+        raise ValueError(f'an instruction stands outside of all computations: {line[:200]}')
+    elif _END.match(line):
+      computations[name] = _computation(name, current)
       current = None
-    elif current is not None and (found := _LINE.match(line)):
-      made = _instruction(found)
-      current[made.name] = made
-  if entry is None:
-    raise ValueError(f'no program: no computation of {len(computations)} is the entry')
+    elif _LINE.match(line):
+      current.append(line)
+    elif current:  # kernels of TPUs tell of themselves on lines of their own
+      current[-1] += ' ' + line
+  if entry is None or current is not None:
+    raise ValueError(f'no whole program: of {len(computations)} computations none is the entry, or '
+                     'the last has no end')
   head = text.partition('\n')[0]
   counts = [int(n) for n in re.findall(r'\b(?:replica_count|num_partitions)=(\d+)', head)]
   return Program(computations, entry, math.prod(counts))
+
+
+def _computation(name, lines):
+  made = {x.name: x for x in (_instruction(_LINE.match(line)) for line in lines)}
+  if not any(x.root for x in made.values()):
+    raise ValueError(f'computation {name} has no result: its {len(made)} instructions are not all')
+  return made
 
 
 def _instruction(found):
@@ -281,19 +295,28 @@ def _sent(program, instruction, computation, kind, island):
     pairs = np.asarray([p.split(',') for p in re.findall(r'\{([\d,]+)\}', pairs[1])], int)
     far = island[pairs[:, 0]] != island[pairs[:, 1]]
     return moved * bool((~far).any()), moved * bool(far.any()), kind
-  group = _group(instruction.text, program.devices)
-  n, apart = len(group), len(set(island[group]))
-  near = n // apart
   if kind == 'all-reduce' and _scatters(computation, instruction):
     kind = 'reduce-scatter'
-  if kind == 'all-gather':
-    whole = moved * n
-  elif kind in ('all-to-all', 'ragged-all-to-all'):
-    return moved * (near - 1) / n, moved * (n - near) / n, kind
-  else:
-    whole = moved or made
-  times = 2 if kind == 'all-reduce' else 1
-  return times * whole * (near - 1) / near, times * whole / near * (apart - 1) / apart, kind
+  shares = [_shares(kind, island[group]) for group in _groups(instruction.text, program.devices)]
+  near, far = (max(each) for each in zip(*shares))
+  if kind in ('all-gather', 'all-to-all', 'ragged-all-to-all'):
+    return moved * near, moved * far, kind
+  return (moved or made) * near, (moved or made) * far, kind
+
+
+def _shares(kind, islands):
+  """(near, far): what a device of a group sends, over what it has, where it sends the most.
+
+  islands: on which each of the group is. Of groups that lie unevenly, a device whose island has
+  many of them sends the most near, one with few far.
+  """
+  counts, n = np.unique(islands, return_counts=True)[1], len(islands)
+  if kind in ('all-to-all', 'ragged-all-to-all'):
+    return (counts.max() - 1) / n, (n - counts.min()) / n
+  near = 1 - 1 / counts.max()
+  far = (1 - 1 / len(counts)) / counts.min()
+  times = n if kind == 'all-gather' else 2 if kind == 'all-reduce' else 1
+  return times * near, times * far
 
 
 def _scatters(computation, instruction):
@@ -302,17 +325,17 @@ def _scatters(computation, instruction):
   return bool(users) and all(x.opcode == 'dynamic-slice' for x in users)
 
 
-def _group(text, devices):
-  """The devices of the first of the groups that take part together."""
+def _groups(text, devices):
+  """The groups of devices that take part together, [int [n]]."""
   listed = re.search(r'replica_groups=\{(\{[\d,{} ]*\})?\}', text)
   if listed:
-    first = re.search(r'\{([\d,]+)\}', listed[1] or '')
-    return [int(n) for n in first[1].split(',')] if first else list(range(devices))
+    found = re.findall(r'\{([\d,]+)\}', listed[1] or '') or [','.join(map(str, range(devices)))]
+    return [np.array(group.split(','), int) for group in found]
   iota = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   if iota:
     shape, reshaped, order = ([int(n) for n in x.split(',')] if x else None for x in iota.groups())
     numbers = np.arange(math.prod(shape)).reshape(reshaped)
-    return list(numbers.transpose(order or range(numbers.ndim)).reshape(shape)[0])
+    return list(numbers.transpose(order or range(numbers.ndim)).reshape(shape))
   mesh = re.search(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? *\{([^}]*)\}", text)
   if mesh:
@@ -320,11 +343,11 @@ def _group(text, devices):
   if 'replica_groups=' in text:
     found = text[text.index('replica_groups=') :][:80]
     raise ValueError(f'devices that take part are written in a form that is not known: {found}')
-  return list(range(devices))
+  return [np.arange(devices)]
 
 
 def _of_mesh(said, order, over):
-  """The first group of axes named of a mesh, `'x'=4,'y'=2` over `'x'`; parts of an axis as
+  """The groups over axes named of a mesh, `'x'=4,'y'=2` over `'x'`; parts of an axis as
   `'x':(1)2`, which is the part of 2 behind one of 1. order: of its devices, `[2,4]T(1,0)` or a
   list; None for their own."""
   axes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", said)}
@@ -336,15 +359,15 @@ def _of_mesh(said, order, over):
   elif order:
     numbers = np.asarray([int(n) for n in re.findall(r'\d+', order)])
   numbers = numbers.reshape(list(axes.values()) or [1])
-  picked = []
+  apart = np.indices(numbers.shape)  # where each stands along axes, but for what a group is over
   for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", over):
-    axis = axes[name]
-    behind = axis // (int(before) * int(size)) if size else 1
-    picked.append((list(axes).index(name), np.arange(int(size) if size else axis) * behind))
-  index = [np.zeros(1, int)] * numbers.ndim
-  for axis, places in picked:  # parts of one axis add up
-    index[axis] = (index[axis][:, None] + places).ravel()
-  return list(numbers[np.ix_(*index)].ravel())
+    place, size = list(axes).index(name), int(size or axes[name])
+    behind = axes[name] // (int(before or 1) * size)
+    apart[place] -= np.indices(numbers.shape)[place] // behind % size * behind
+  found = {}
+  for device, *key in np.stack([numbers, *apart], -1).reshape(numbers.size, -1).tolist():
+    found.setdefault(tuple(key), []).append(device)
+  return [np.array(group) for group in found.values()]
 
 
 # --- memory ---------------------------------------------------------------------------------------

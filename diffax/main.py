@@ -206,8 +206,7 @@ def _setup(config, workdir):
 def _writable(workdir):
   """Raises ConfigError where the workdir cannot be made or written."""
   try:
-    for folder in (workdir, workdir / 'images'):
-      folder.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / '.probe').write_text('')
     (workdir / '.probe').unlink()
   except OSError as error:
@@ -295,9 +294,10 @@ def _plan(values, overrides):
   from diffax import chips, plan
 
   jax.config.update('jax_platforms', 'cpu')  # no accelerator is touched, though one may be there
-  _cache_programs()
-  topology, workdir = chips.topology(values.topology), epath.Path(values.workdir)
-  config, what = resolve(values, asked(values, overrides), workdir), values['plan.what'].value
+  what, workdir = values['plan.what'].value, epath.Path(values.workdir)
+  plan.known(what)
+  config = resolve(values, asked(values, overrides), workdir)
+  topology = chips.topology(values.topology)
   _writable(workdir)
   if values['plan.search'].value:
     found = plan.search(config, topology, what, lambda line: print(line, flush=True))

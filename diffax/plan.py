@@ -35,38 +35,52 @@ POLICIES = ('none', 'dots_saveable', 'nothing_saveable')
 
 class Program(NamedTuple):
   """traced: for its FLOPs, with attention as plain products. lowered: a function -> the program,
-  lowered for the mesh. images: of a call. model: FLOPs of the model alone."""
+  lowered for the mesh. images: of a call. model: FLOPs of the model alone. held: shapes of what
+  lies on the devices from call to call."""
 
   traced: jax.stages.Traced
   lowered: object
   images: int
   model: float
+  held: object
 
 
 def plan(config, topology, what='train'):
   """What the config's step comes to on a `chips.Topology`: a dict of plain data, see `report`.
 
   what: 'train', or 'sample': a batch of `config.sample`. Of buckets, the one that needs the most.
-  Raises ConfigError where it cannot be built, or the compiler has no place for it.
+  A network that is trained every so many steps, as a critic's opponent, counts as if it were in
+  each. Raises ConfigError where it cannot be built, or its data tell how long it takes.
   """
-  if what not in WHAT:
-    raise ConfigError(f'--plan.what={what!r}: {near(what, WHAT)}')
+  known(what)
   run = train.setup(config, list(topology.devices))
-  programs = _training(run) if what == 'train' else _sampling(run)
-  found = [_planned(run, program, topology) for program in programs]
+  try:
+    programs = _training(run) if what == 'train' else _sampling(run)
+    found = [_planned(run, program, topology) for program in programs]
+  except ValueError as error:  # of an adaptive sampler, and of a program of a form not known
+    raise ConfigError(
+      f'this program cannot be planned ({" ".join(str(error).split())}); plan a sampler with a '
+      'number of steps, or another topology') from error
   worst = max(found, key=lambda each: each['hbm_bytes_per_chip']['peak'] or math.inf)
   about = dict(
     topology=topology.name, chips=len(topology.devices), what=what,
-    islands=len(set(topology.islands(run.mesh))), settings=_settings(run.config),
+    islands=len(set(topology.islands(run.mesh))), settings=_settings(run.config, run.mesh),
     parameters=sum(x.size for x in jax.tree.leaves(run.like.params)), jax=jax.__version__,
   )
   return about | worst
 
 
+def known(what):
+  """Raises ConfigError where that is not planned."""
+  if what not in WHAT:
+    raise ConfigError(f'--plan.what={what!r}: {near(what, WHAT)}')
+
+
 def _training(run):
   plain, traced = train.traced_steps(run, 'xla'), train.traced_steps(run)
   model = train.model_flops(run)
-  return [Program(plain[s], traced[s].lower, run.config['batch_size'], model) for s in traced]
+  size = run.config['batch_size']
+  return [Program(plain[s], traced[s].lower, size, model, run.like) for s in traced]
 
 
 def _sampling(run):
@@ -75,7 +89,7 @@ def _sampling(run):
     traced = jax.jit(lambda *args: generate.__wrapped__(*args)).trace(*arguments)
   count = len(arguments[2])
   model = sum(flops.of(traced.jaxpr).values())
-  return [Program(traced, lambda: generate.lower(*arguments), count, model)]
+  return [Program(traced, lambda: generate.lower(*arguments), count, model, arguments[:2])]
 
 
 def _planned(run, program, topology):
@@ -86,7 +100,7 @@ def _planned(run, program, topology):
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return _without(run, program, topology, str(error), time.perf_counter() - began)
+    return _without(program, topology, str(error), time.perf_counter() - began)
   seconds = time.perf_counter() - began
   text = hlo.parse(compiled.as_text())
   sent = hlo.collectives(text, topology.islands(run.mesh))
@@ -94,13 +108,13 @@ def _planned(run, program, topology):
   size = lambda name: int(getattr(memory, f'{name}_size_in_bytes'))
   peak = sum(map(size, ('argument', 'output', 'temp', 'generated_code'))) - size('alias')
   return _bounded(
-    run, program, topology, dict(state=_state(run), temp=size('temp'), peak=peak),
-    by_kind(sent), hlo.traffic(text)) | dict(compile_seconds=seconds)
+    program, topology, _held(program) | dict(temp=size('temp'), peak=peak), by_kind(sent),
+    hlo.traffic(text)) | dict(compile_seconds=seconds)
 
 
-def _without(run, program, topology, said, seconds):
+def _without(program, topology, said, seconds):
   """What is known of a program that the compiler refused, for it is larger than the chip."""
-  found = _bounded(run, program, topology, dict(state=_state(run), temp=None, peak=None), {}, None)
+  found = _bounded(program, topology, _held(program) | dict(temp=None, peak=None), {}, None)
   return found | dict(compile_seconds=seconds, refused=' '.join(said.split())[:500])
 
 
@@ -115,18 +129,23 @@ def by_kind(sent):
   return kinds
 
 
-def _state(run):
-  """Bytes a chip of what lies there from step to step; what lies on the host is not counted."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype) for x in jax.tree.leaves(run.like)
-    if x.sharding.memory_kind != 'pinned_host')
+def _held(program):
+  """Bytes a chip of what lies there from call to call, and how much of it lies on each one whole,
+  for sizes that do not divide; what lies on the host is not counted."""
+  found = dict(state=0, whole=0)
+  for x in jax.tree.leaves(program.held):
+    if x.sharding.memory_kind != 'pinned_host':
+      part = x.sharding.shard_shape(x.shape)
+      found['state'] += math.prod(part) * _width(x.dtype)
+      found['whole'] += math.prod(part) * _width(x.dtype) * (part == x.shape)
+  return found
 
 
 def _width(dtype):
   return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
-def _bounded(run, program, topology, memory, kinds, traffic):
+def _bounded(program, topology, memory, kinds, traffic):
   """The figures of a program, and the bound on its speed."""
   chip, count = topology.chip, len(topology.devices)
   each = {dtype: n / count for dtype, n in flops.of(program.traced.jaxpr).items()}
@@ -163,18 +182,21 @@ def search(config, topology, what='train', say=lambda *_: None):
 
   Tried are meshes, with the best of them and the one of the least memory the policies of `remat`,
   and where nothing fits microbatches; nothing that changes what is computed. say: is told each as
-  it is tried.
+  it is tried. Raises ConfigError where there is none.
   """
-  found, tried = [], set()
+  known(what)
+  found, tried, refused = [], set(), []
 
   def attempt(changed):
-    key = json.dumps(_settings(changed), sort_keys=True)
-    if key in tried:
-      return
-    tried.add(key)
     try:
+      mesh = sharding.make_mesh(changed['mesh'], list(topology.devices))
+      key = json.dumps(_settings(changed, mesh), sort_keys=True)
+      if key in tried:
+        return
+      tried.add(key)
       found.append(plan(changed, topology, what))
     except ConfigError as error:  # sizes that do not divide
+      refused.append(error)
       say(f'{flags(_settings(changed))}: {error}')
     else:
       say(summary(found[-1]))
@@ -183,7 +205,9 @@ def search(config, topology, what='train', say=lambda *_: None):
   for mesh in meshes(len(topology.devices), len({*map(chips.island, topology.devices)})):
     attempt(configs.override(config, flags(dict(mesh=mesh)).split()))
   if not found:
-    raise ConfigError(f'--plan.search: no mesh of {topology.name} takes this config')
+    raise ConfigError(
+      f'--plan.search: no mesh of {topology.name} takes this config, which itself says: '
+      f'{refused[0]}')
   for base in (best(found), min(found, key=_peak)):
     for policy in POLICIES if what == 'train' and 'remat' in config['model'] else ():
       attempt(_with(config, base, {'model.remat': policy}))
@@ -193,10 +217,14 @@ def search(config, topology, what='train', say=lambda *_: None):
 
 
 def meshes(devices, islands):
-  """Meshes worth a trial, {axis: parts}: each axis by itself, and with few parts beside fsdp."""
-  found = [dict(data=1, fsdp=devices), dict(data=devices, fsdp=1)]
-  found += [dict(data=islands, fsdp=devices // islands)] if islands > 1 else []
-  found += [dict(data=devices // 8, fsdp=8)] if devices > 8 else []
+  """Meshes worth a trial, {axis: parts}: each axis by itself, and with few parts beside fsdp.
+
+  Among them fsdp over a half and a quarter of an island: widths are no powers of two, and what does
+  not divide stays whole on every chip.
+  """
+  each = devices // islands
+  parts = dict.fromkeys([devices, 1, *(each // n for n in (1, 2, 4) if each % n == 0), 8])
+  found = [dict(data=devices // n, fsdp=n) for n in parts if devices % n == 0]
   for axis in ('tensor', 'sequence'):
     found += [{'data': 1, 'fsdp': devices // n, axis: n} for n in SHARES if devices % n == 0]
   return [{a: m.get(a, 1) for a in ('data', 'fsdp', 'sequence', 'tensor')} for m in found]
@@ -220,10 +248,13 @@ def _peak(plan):
   return math.inf if peak is None else peak
 
 
-def _settings(config):
-  """What a plan depends on beside the recipe, by its place in the config."""
+def _settings(config, mesh=None):
+  """What a plan depends on beside the recipe, by its place in the config; the axes are the mesh's,
+  where there is one, for a config may leave one open.
+  """
   remat = config['model'].get('remat')
-  return dict(mesh=config['mesh'], accumulate=config['accumulate']) | (
+  axes = dict(mesh.shape) if mesh else config['mesh']
+  return dict(mesh=axes, accumulate=config['accumulate']) | (
     {'model.remat': remat} if remat else {})
 
 
@@ -254,7 +285,8 @@ def report(plan):
     ('program', f'{plan["what"]} on {plan["chips"]} chips ({plan["topology"]}){islands}'),
     ('settings', flags(plan['settings'])),
     ('parameters', scaled(plan['parameters'])),
-    ('state a chip', scaled(memory['state'], 'B')),
+    ('state a chip', scaled(memory['state'], 'B') + (
+      f', {scaled(memory["whole"], "B")} of it whole on each' if plan['chips'] > 1 else '')),
     ('activations a chip', scaled(memory['temp'], 'B')),
     ('peak a chip', f'{scaled(memory["peak"], "B")} of {scaled(memory["limit"], "B")}: '
                     f'{"fits" if plan["fits"] else "DOES NOT FIT"}'),
@@ -292,7 +324,7 @@ def networks(topology):
   """What the fast and the slow network of a topology are called."""
   if topology.startswith('cpu'):
     return 'memory', 'memory'
-  return ('NVLink', 'the network') if topology[0] in 'ha' else ('ICI', 'DCN')
+  return ('NVLink', 'the network') if topology.startswith(chips.DESCRIBED) else ('ICI', 'DCN')
 
 
 def advice(found):

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import pytest
 import run_diffax
 
 from diffax import chips
+from diffax import config as configs
 from diffax import flops
 from diffax import train
 
@@ -38,6 +40,37 @@ def test_what_is_within():
   own = jax.custom_vjp(lambda x: x @ x)
   own.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x,))
   assert flops.count(own, like(4, 4)) == one
+
+
+def test_parts_of_a_mesh():
+  """Each device's part counts as often as there are devices on the axes that are split."""
+  mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  for axes, spec in (({'a'}, P('a')), ({'a', 'b'}, P(('a', 'b')))):
+    split = jax.shard_map(
+      lambda x, w: x @ w, mesh=mesh, in_specs=(spec, P()), out_specs=spec, axis_names=axes)
+    assert flops.count(split, like(16, 4), like(4, 4)) == 2 * 16 * 4 * 4
+
+
+def test_space_that_is_split():
+  """A U-Net's rows over two devices: of small pictures those that they lend each other count, too.
+  """
+  path = run_diffax.ROOT / 'configs' / 'fashion_mnist_unet.py:smoke'
+
+  def counted(*words):
+    config = configs.override(configs.load(path), [f'--config.{word}' for word in words])
+    run = train.setup(config, jax.devices())
+    traced, = train.traced_steps(run, 'xla').values()
+    return sum(flops.of(traced.jaxpr).values()), train.model_flops(run)
+
+  (rows, model), (both, same) = counted('mesh.data=8'), counted('mesh.data=4', 'mesh.sequence=2')
+  assert rows <= both < 1.3 * rows and model == same <= both
+
+
+def test_loops_that_data_end():
+  loop = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+  with pytest.raises(ValueError, match='as often as the data say'):
+    flops.count(loop, like(4, 4))
+  assert not flops.count(lambda x: jax.lax.while_loop(jnp.any, jnp.sin, x), like(4))
 
 
 def transformer(width, depth, tokens, mlp=4, patch=4, channels=1):

@@ -110,13 +110,35 @@ def test_groups_of_some(mesh):
   ('channel_id=3', list(range(8))),
 ])
 def test_forms_of_groups(said, wanted):
-  assert sorted(hlo._group(f'%x), channel_id=1, {said}, dimensions={{0}}', 8)) == wanted
+  found = hlo._groups(f'%x), channel_id=1, {said}, dimensions={{0}}', 8)
+  assert sorted(found[0]) == wanted
+  assert sorted(np.concatenate(found)) == list(range(8)) and len({*map(len, found)}) == 1
 
 
 def test_a_form_that_is_not_known():
   """It is not taken for all devices."""
   with pytest.raises(ValueError, match='not known: replica_groups=of some'):
-    hlo._group('%x), replica_groups=of some kind', 8)
+    hlo._groups('%x), replica_groups=of some kind', 8)
+
+
+UNEVEN = '''HloModule jit_step, num_partitions=12
+
+ENTRY %main (v: f32[1024]) -> f32[1024] {
+  %v = f32[1024]{0} parameter(0)
+  ROOT %r = f32[1024]{0} KIND(%v), replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11}}
+}
+'''
+
+
+@pytest.mark.parametrize('kind, near, far', [
+  ('all-reduce', 2 * 4096 * 3 / 4, 2 * 4096 / 2 / 2),
+  ('all-to-all', 4096 * 3 / 4, 4096 * 2 / 4),
+])
+def test_groups_that_lie_unevenly(kind, near, far):
+  """Twelve devices on two hosts of six: the group in the middle alone is on both."""
+  program = hlo.parse(UNEVEN.replace('KIND', kind))
+  assert total(program, np.arange(12) // 6) == {kind: (1, near, far)}
+  assert total(program, np.arange(12) // 4)[kind] == (1, near, 0)
 
 
 TPU = '''HloModule jit_step, is_scheduled=true, num_partitions=4
@@ -129,6 +151,9 @@ TPU = '''HloModule jit_step, is_scheduled=true, num_partitions=4
   %x = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
   %rows = f32[5,8,128]{2,1,0} get-tuple-element(%p), index=2
   %row = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%rows, %i), dynamic_slice_sizes={1,8,128}
+  %kernel = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0:S(1)}) custom-call(%x), metadata={KERNEL={
+"xprof_metadata":"{\\"block_q\\": 512, \\"q_layout\\": 1}"
+}}, metadata={op_name="attention"}, custom_call_target="tpu_custom_call"
   %begun = (f32[8,128]{1,0}, s32[2]{0:S(4)}) fusion(%x), calls=%start
   %piece = (f32[8,128]{1,0}, f32[32,128]{1,0}) fusion(%begun), kind=kOutput, calls=%carry
   ROOT %t = (s32[], f32[8,128]{1,0:S(1)}, f32[5,8,128]) tuple(%next, %x, %rows)
@@ -177,6 +202,20 @@ ENTRY %main (w: f32[5,8,128], v: f32[64,128]) -> f32[16,128] {
   ROOT %out = f32[16,128]{1,0} fusion(%v, %zero), kind=kCustom, calls=%scatter
 }
 '''
+
+
+@pytest.mark.parametrize('change, words', [
+  (lambda text: text.replace('  ROOT %out', '}\n  ROOT %out'), 'no result'),
+  (lambda text: text.replace('  ROOT %own', '  %own'), 'no result'),
+  (lambda text: text.replace('%carry (b: f32[8,128]) ->', 'carry ='), 'outside of all'),
+  (lambda text: text.rstrip().removesuffix('}'), 'no whole program'),
+  (lambda text: text.replace('ENTRY ', ''), 'no whole program'),
+])
+def test_programs_that_are_not_read_whole(change, words):
+  """Nothing is left out without a word."""
+  assert hlo.parse(TPU)
+  with pytest.raises(ValueError, match=words):
+    hlo.parse(change(TPU))
 
 
 def test_programs_of_tpus():

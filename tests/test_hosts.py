@@ -277,7 +277,7 @@ def test_launcher_stops_all_when_one_dies(tmp_path):
 
 
 def test_a_stop_that_reaches_data_workers(tmp_path):
-  """As a cluster's does: the hosts need batches until they have agreed on a step, and save there."""
+  """As a cluster's does: the hosts need batches until they have agreed on a step to save at."""
   command = [sys.executable, str(run_diffax.ROOT / 'launch' / 'local.py'), '--hosts=2', '--',
              sys.executable, '-m', 'diffax.main', f'--workdir={tmp_path / "run"}',
              f'--config={run_diffax.SMOKE}', '--config.data.name=run_diffax.digits',

@@ -10,12 +10,15 @@ as its file in results/ says; one to five minutes of a core each. Needs the extr
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
 import tempfile
+
+import dit
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = 'experiments/scaling/dit.py'
@@ -39,15 +42,22 @@ def cases():
   found = {}
   for variant, settings in MODELS.items():
     for topology, chips in PODS.items():
-      outer = 2 if topology.startswith('2*') else chips // 8 if topology == 'h200:8x8' else 1
-      mesh = {'mesh.data': outer, 'mesh.fsdp': chips // outer}
+      islands = 2 if topology.startswith('2*') else chips // 8 if topology == 'h200:8x8' else 1
+      mesh = split(variant, chips, islands)
       size = {'batch_size': 64 * chips} if topology.startswith('h200') else {}
       found[f'{variant}_{named(topology)}'] = variant, topology, mesh | settings | size
   for chips, topology in WEAK.items():
-    slices = 2 if topology.startswith('2*') else 1
-    found[f'weak_{chips:03d}'] = 'xl2_256', topology, {
-      'mesh.data': slices, 'mesh.fsdp': chips // slices, 'batch_size': EACH * chips}
+    mesh = split('xl2_256', chips, 2 if topology.startswith('2*') else 1)
+    found[f'weak_{chips:03d}'] = 'xl2_256', topology, mesh | {'batch_size': EACH * chips}
   return found
+
+
+def split(variant, chips, islands):
+  """Parameters over all chips of an island, or as many as divide the width: what does not divide
+  would lie on each chip whole."""
+  width, *_ = dit.SIZES[variant.split('_')[0]]
+  fsdp = math.gcd(width, chips // islands)
+  return {'mesh.data': chips // fsdp, 'mesh.fsdp': fsdp}
 
 
 def named(topology):
@@ -106,7 +116,7 @@ def draw(plans, path):
   axes.loglog(chips, [weak[n]['images_per_second'] for n in chips], 'ko-', label='all')
   axes.set_xticks(chips, map(str, chips))
   axes.set(xlabel='chips (TPU v5e; 512 are two slices)', ylabel='images/s at most',
-           title=f'DiT-XL/2, 256 pixels, fsdp over a slice, {EACH} images a chip')
+           title=f'DiT-XL/2, 256 pixels, fsdp over up to 128, {EACH} images a chip')
   axes.minorticks_off()
   axes.legend()
   axes.grid(alpha=0.3)
