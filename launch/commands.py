@@ -13,19 +13,23 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 
 NAME = re.compile(r'[a-z]([-a-z0-9]*[a-z0-9])?')  # RFC 1035, what clouds and clusters share
-SECRET = re.compile(  # the end of a name: API_KEY, hf.token; tokens are counted, not kept
-  r'(^|[-_.])((api_?|access_?|private_?)?keys?|token|secrets?|passwd|passwords?|credentials?)$',
-  re.IGNORECASE)
-LOGIN = re.compile(r'://[^/\s:@]*:[^/\s@]+@')  # https://user:password@host
+SURE = (r'(api|access|private|secret|ssh)[-_.]?keys?|token|secrets?|passw(or)?ds?|passphrase|'
+        r'credentials?|connection[-_.]?string|webhook[-_.]?url')
+SECRET = re.compile(  # the end of a name: API_KEY, hf.token, hfToken; tokens are counted, not kept
+  rf'((^|[-_.])(keys?|{SURE})|[-_.](pass|pat|pwd)|passw(or)?d|passphrase|api[-_]?key|'
+  r'(?-i:[a-z](Token|Secret|Key)))([-_]?\d+)?$', re.IGNORECASE)
+ODD = ('Cc', 'Cs', 'Zl', 'Zp')  # other alphabets' blanks and joined emoji are none of them
+TURNS = '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'  # what stands where
+LOGIN = re.compile(r'://[^/\s:@]*:[^/\s@]+@|https?://[^/\s:@]+@')  # https://user:password@host
 ASSIGNED = re.compile(r'(?P<name>[A-Za-z_][-\w.]*)=(?P<value>.+)', re.DOTALL)
 WITHIN = re.compile(  # in a word: of a script, a dict, or --metadata=HF_TOKEN=...; no $(cat FILE)
-  r'(?:^|[^A-Za-z0-9])(?P<name>(api|access|private|secret)[-_.]?keys?|token|secrets?|passwd|'
-  r'passwords?|credentials?)["\']?\s*[=:]\s*["\']?[^\s"\'$,;)}\]]{6}', re.IGNORECASE)
-TOKEN = re.compile(  # Hugging Face, GitHub, GitLab, OpenAI and its like, AWS, Google
-  r'(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16}|gh[pousr]_\w{20}|glpat-[-\w]{16}|sk-[-\w]{20}|'
-  r'AKIA[0-9A-Z]{16}|ya29\.[-\w]{20}|AIza[-\w]{30})')
+  rf'(?:^|[^A-Za-z0-9])(?P<name>{SURE})["\']?\s*[=:]\s*["\']?[^\s"\'$,;)}}\]]{{6}}', re.IGNORECASE)
+TOKEN = re.compile(  # Hugging Face, GitHub, GitLab, OpenAI and its like, Slack, AWS, Google
+  r'(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16}|gh[pousr]_\w{20}|github_pat_\w{20}|glpat-[-\w]{16}|'
+  r'sk-[-\w]{20}|xox[abp]-[-\w]{10}|AKIA[0-9A-Z]{16}|ya29\.[-\w]{20}|AIza[-\w]{30})')
 KEPT_AWAY = ('and commands are printed, logged and kept in workdirs: let the command read it, from '
              'a file or the environment of the machines that need it')
 
@@ -45,7 +49,7 @@ def name(text, what, most=63):
 
 def one_line(text, what):
   """`text`, where no line ends in it and nothing moves a terminal's cursor. Raises Refused."""
-  odd = sorted({c for c in text if not c.isprintable()})
+  odd = sorted({c for c in text if unicodedata.category(c) in ODD or c in TURNS})
   if odd:
     raise Refused(f'{what}={text!r} holds {", ".join(map(repr, odd))}: write it on one line')
   return text
@@ -56,6 +60,11 @@ def quoted(words):
   words = [one_line(str(word), 'a word of the command') for word in words]
   refuse_secrets(words)
   return shlex.join(words)
+
+
+def secret(name, value):
+  """Whether a variable of the environment is one."""
+  return bool(SECRET.search(name) or LOGIN.search(value) or TOKEN.search(value))
 
 
 def refuse_secrets(words):
@@ -71,7 +80,7 @@ def refuse_secrets(words):
     raise Refused(f'a word of the command has the form of an access token, {KEPT_AWAY}')
   for word, behind in zip(words, [*words[1:], '']):
     found = ASSIGNED.fullmatch(word.lstrip('-'))
-    said = found['name'] if found else word.lstrip('-') if word.startswith('--') else ''
+    said = found['name'] if found else word.lstrip('-') if word.startswith('-') else ''
     value = found['value'] if found else behind
     secret = SECRET.search(said) and value and not value.startswith('$' if found else '-')
     within = WITHIN.search(word)

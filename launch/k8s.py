@@ -15,8 +15,11 @@ How a pod ends decides what becomes of the run:
 
   all with status 0              it is done
   one with status 2              a mistake of the user's: it fails at once, and is not started again
-  SIGTERM, eviction, preemption  it has saved, and all pods start again; this is not counted
+  SIGTERM, eviction, preemption  all pods start again, and this is not counted
   anything else                  all pods start again, --restarts times
+
+A run that is told to stop saves within --grace seconds. Machines that are sold as Spot leave a pod
+some 15 of them: what is saved by `config.save_every` is what such a run goes on from.
 
 What is written is JSON, which is YAML that every parser reads alike: others take 1e-4 for a word,
 or `no` for False.
@@ -41,6 +44,9 @@ STOPPED = 75  # exit status of a run that a signal stopped; sysexits.h: try agai
 MISTAKE = 2
 CONTAINER = 'main'
 LONGEST = 63  # characters of a pod's name
+MOST = 1_000_000
+SPOT = {'cloud.google.com/gke-spot': 'true'}  # a label of nodes, and their taint
+MEMORY = re.compile(r'[1-9][0-9]{0,8}(Mi|Gi|Ti|M|G|T)')
 
 # Chips a host by topology, the usual machine first, and GKE's name of the accelerator; the tables
 # of https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and, for how far the three
@@ -75,8 +81,8 @@ REMEDIES = {  # what kubectl says, and what to do
   'no matches for kind "JobSet"': 'install JobSet in the cluster: '
                                   'https://jobset.sigs.k8s.io/docs/installation',
   'unknown field': 'the JobSet of the cluster is older than 0.10: update it',
-  'immutable': 'another run of this name is there: choose another --name, or end it by '
-               '`kubectl delete jobset NAME`',
+  'already exists': 'a run of this name is there, and nothing was started: choose another --name, '
+                    'or look by `kubectl get jobset`, and end it by `kubectl delete jobset NAME`',
 }
 
 
@@ -112,6 +118,10 @@ def arguments(argv):
   add('--slices', type=int, help='TPU slices (1)')
   add('--nodes', type=int, help='GPU nodes (1)')
   add('--node-selector', action='append', default=[], metavar='K=V', help='further labels of nodes')
+  add('--toleration', action='append', default=[], metavar='K=V',
+      help='further taints of nodes; that of GKE\'s Spot nodes comes with their label')
+  add('--cpus', type=int, help='processors that a host needs')
+  add('--memory', help='memory that a host needs, as 200Gi; a pod that takes more is killed')
   add('--namespace')
   add('--label', action='append', default=[], metavar='K=V', help='of the JobSet and its pods')
   add('--env', action='append', default=[], metavar='K=V')
@@ -142,8 +152,8 @@ def domain(text, what):
 
 
 def at_least(number, least, what):
-  if number < least:
-    raise Refused(f'{what}={number}: {least} and more')
+  if not least <= number <= MOST:
+    raise Refused(f'{what}={number}: {least} and more, up to {MOST:,}')
   return number
 
 
@@ -192,6 +202,9 @@ def pool(args):
   else:
     raise Refused(f'--pool={args.pool!r}: {form}')
   selector = labels(args.node_selector, '--node-selector')
+  for key in selector.keys() & found.selector.keys():
+    raise Refused(f'--node-selector {key}={selector[key]}: by --pool={args.pool} it is '
+                  f'{found.selector[key]}; leave it out')
   if not found.selector and not selector:
     raise Refused(f'--pool={args.pool}: say by --node-selector KEY=VALUE which nodes have them')
   return found._replace(selector=found.selector | selector)
@@ -277,8 +290,9 @@ def jobset(args):
     'metadata': metadata,
     'spec': {
       'network': {'enableDNSHostnames': True, 'subdomain': args.name},
-      'failurePolicy': {
-        'maxRestarts': at_least(args.restarts, 0, '--restarts'), 'rules': set_rules()},
+      'failurePolicy': {  # all old pods end before the first new one, which others would meet
+        'maxRestarts': at_least(args.restarts, 0, '--restarts'), 'rules': set_rules(),
+        'restartStrategy': 'BlockingRecreate'},
       'replicatedJobs': [
         {'name': asked.job, 'replicas': asked.replicas, 'template': {'spec': job}}],
     },
@@ -320,7 +334,7 @@ def pod(args, asked):
     'image': checked(args.image, IMAGE, '--image', 'as us-docker.pkg.dev/PROJECT/diffax:TAG', 512),
     'command': command(args.command, claims.values()),
     'env': environment(args, asked),
-    'resources': {'limits': {asked.resource: asked.count}},
+    'resources': resources(args, asked),
     'volumeMounts': [{'name': 'shm', 'mountPath': '/dev/shm'}] + [
       {'name': f'claim-{i}', 'mountPath': path} for i, path in enumerate(claims.values())],
   }
@@ -331,7 +345,7 @@ def pod(args, asked):
     # still compiles would hold up the next start for all of the grace period.
     'shareProcessNamespace': True,
     'nodeSelector': asked.selector,
-    'tolerations': [{'key': asked.resource, 'operator': 'Exists', 'effect': 'NoSchedule'}],
+    'tolerations': tolerations(args, asked),
     'containers': [container],
     # Data workers and NCCL share memory there; 64 MB is what a container has by itself.
     'volumes': [{'name': 'shm', 'emptyDir': {'medium': 'Memory'}}] + [
@@ -343,6 +357,25 @@ def pod(args, asked):
   if args.priority_class is not None:
     spec['priorityClassName'] = domain(args.priority_class, '--priority-class')
   return spec
+
+
+def resources(args, asked):
+  """What a host is given. Raises Refused."""
+  limits, requests = {asked.resource: asked.count}, {}
+  if args.cpus is not None:
+    requests['cpu'] = str(at_least(args.cpus, 1, '--cpus'))
+  if args.memory is not None:
+    requests['memory'] = limits['memory'] = checked(
+      args.memory, MEMORY, '--memory', 'a number and Mi, Gi or Ti, as 200Gi')
+  return {'limits': limits} | ({'requests': requests} if requests else {})
+
+
+def tolerations(args, asked):
+  """Of taints that keep other pods from such nodes. Raises Refused."""
+  taints = labels(args.toleration, '--toleration')
+  taints |= {k: v for k, v in SPOT.items() if asked.selector.get(k) == v}
+  return [{'key': asked.resource, 'operator': 'Exists', 'effect': 'NoSchedule'}] + [
+    {'key': key, 'operator': 'Equal', 'value': value} for key, value in taints.items()]
 
 
 def mounts(words):
@@ -394,7 +427,7 @@ def environment(args, asked):
     found['JAX_NUM_PROCESSES'] = {'value': str(asked.hosts)}
   said = {}
   for name, value in pairs(args.env, '--env', 'NAME=VALUE'):
-    if commands.SECRET.search(name):
+    if commands.secret(name, value):
       raise Refused(f'--env {name} looks like a secret, which whoever may see the JobSet would '
                     f'read: make it one of the cluster, and say --secret {name}=SECRET/KEY')
     said[name] = {'value': literal(commands.one_line(value, f'--env {name}'))}
@@ -436,7 +469,7 @@ def render(args):
     path.write_text(text)
   except OSError as error:
     raise Refused(f'--out={path} cannot be written ({error.strerror}): choose another') from error
-  print(f'wrote {path}; kubectl apply -f {shlex.quote(str(path))} starts it')
+  print(f'wrote {path}; kubectl create -f {shlex.quote(str(path))} starts it')
 
 
 def _is_ours(path):
@@ -447,17 +480,19 @@ def _is_ours(path):
 
 
 def submit(args):
-  """Hands the JobSet to kubectl; its exit status, 1 where the set was there already."""
+  """Hands the JobSet to kubectl; 1 where that fails, as where one of the name is there: it is not
+  changed, for `apply` would give a queued run another's words.
+  """
   if args.out:
     raise Refused('--out is of render; submit writes no file')
-  text, line = written(jobset(args)), ['kubectl', 'apply', '-f', '-']
+  text, line = written(jobset(args)), ['kubectl', 'create', '-f', '-']
   if args.dry_run:
     print(text, end='')
     print(f'not done: {shlex.join(line)}', file=sys.stderr)
     return 0
   if not shutil.which(line[0]):
     raise Refused('kubectl is not found: install it (https://kubernetes.io/docs/tasks/tools), or '
-                  'render to a file and apply it elsewhere')
+                  'render to a file and create it elsewhere')
   done = subprocess.run(line, input=text, capture_output=True, text=True, errors='replace')
   print(done.stdout, end='')
   if done.returncode:
@@ -466,11 +501,6 @@ def submit(args):
           file=sys.stderr)
     return 1
   space = f' -n {args.namespace}' if args.namespace else ''
-  if done.stdout.rstrip().endswith('unchanged'):
-    print(f'error: this very JobSet is there already, and nothing was started: look by `kubectl '
-          f'get jobset{space} {args.name}`; where it has ended, `kubectl delete jobset{space} '
-          f'{args.name}` first', file=sys.stderr)
-    return 1
   print(f'its state:  kubectl get jobset{space} {args.name}\n'
         f'first host: kubectl logs{space} -f -l jobset.sigs.k8s.io/jobset-name={args.name},'
         'jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0\n'

@@ -10,9 +10,9 @@ was submitted from; the workdir, that folder and --folder lie on a disk that the
 --signal-seconds before the time limit, and when the job is preempted, all processes save and stop,
 and the job requeues itself, to go on from that checkpoint by the same command. So it does where a
 process was killed by a signal (no memory, a bad device), which ends the others, and where a node
-fails. It ends where the command has finished; where a status tells of a mistake of the user's (2)
-or of trouble that would come again; and by `scancel --signal=TERM JOB`, which saves first.
---requeues bounds how often it starts again. Slurm waits two minutes each time.
+fails: of these, --requeues is how many. It ends where the command has finished; where a status
+tells of a mistake of the user's (2) or of trouble that would come again; and by `scancel
+--signal=TERM JOB`, which saves first. Slurm waits two minutes each time.
 
 Slurm keeps a job's script and environment, where administrators read them. So the environment goes
 along (PATH and all that a site has set), but for variables named like secrets, which are told: put
@@ -38,23 +38,48 @@ GPUS = re.compile(r'([A-Za-z][\w.-]*:)?(?P<count>[1-9][0-9]{0,2})', re.ASCII)
 OPTION = re.compile(r'[a-z]+(-[a-z]+)*')
 OURS = {  # what the script says or relies on, so that no --sbatch may
   'account', 'array', 'chdir', 'constraint', 'cpus-per-task', 'error', 'export', 'export-file',
-  'get-user-env', 'gpu-bind', 'gpus-per-node', 'gpus-per-task', 'input', 'job-name', 'no-requeue',
-  'nodes', 'ntasks', 'ntasks-per-gpu', 'ntasks-per-node', 'open-mode', 'output', 'parsable',
-  'partition', 'qos', 'requeue', 'signal', 'test-only', 'time', 'wait', 'wrap'}
+  'get-user-env', 'gpu-bind', 'gpus-per-node', 'gpus-per-task', 'gres', 'help', 'input', 'job-name',
+  'no-kill', 'no-requeue', 'nodes', 'ntasks', 'ntasks-per-gpu', 'ntasks-per-node', 'open-mode',
+  'output', 'parsable', 'partition', 'qos', 'requeue', 'signal', 'test-only', 'time', 'tres-bind',
+  'tres-per-task', 'version', 'wait', 'wrap'}
+OTHERS = {'gpus'}  # whole names of options, though they begin some of those
 WHERE = ('partition', 'account', 'qos', 'constraint')
 KEPT = ('SLURM_CONF', 'SLURM_CLUSTERS')  # which cluster is meant
 
 # srun's status is the highest of all processes', those among them that it stopped because one had
-# failed: of that one the status is kept in a file.
+# failed: the statuses of those that ended by themselves, or were killed, are kept in files. One
+# that has no handler yet for the signal by which it is told to stop (143) has nothing to save.
 BODY = r"""
 task='trap told=yes TERM
-  failed=$1
+  failed=$1.$SLURM_PROCID
   shift
   "$@"
   status=$?
-  [ -n "$told" ] || [ "$status" = 0 ] || (set -C; echo "$status" > "$failed") 2> /dev/null
+  if [ -n "$told" ] && [ "$status" = 143 ]; then exit 0; fi
+  if [ "$status" != 0 ] && { [ -z "$told" ] || [ "$status" = 137 ]; }; then
+    echo "$status" > "$failed"
+  fi
   exit "$status"'
 asked= ended= run= status=0
+
+# Of several processes' statuses the one that tells of all: a mistake (2), else a kill, else an
+# error; where one ends, others may abort (134) for its sake.
+verdict() {
+  local rank=0 best=0 each its
+  for each; do
+    case $each in 2) its=4 ;; 134) its=1 ;; 129 | 1[3-9]? | 2??) its=3 ;; *) its=2 ;; esac
+    if [ "$its" -gt "$rank" ]; then rank=$its best=$each; fi
+  done
+  echo "$best"
+}
+
+patiently() {  # the controller may be busy
+  for _ in 1 2 3 4 5; do
+    "$@" && return
+    sleep "${SLURM_PY_PAUSE:-10}"
+  done
+  return 1
+}
 
 say() { echo "slurm.py: $(date +%FT%T) $*"; }
 
@@ -62,19 +87,21 @@ stop() {
   [ -z "$asked" ] || return  # a second SIGTERM would end a process that is saving
   asked='Slurm wants the nodes back'
   say "$asked: the processes save and stop"
-  [ -z "$run" ] || scancel --signal=TERM "$SLURM_JOB_ID"  # the tasks, not this shell
+  [ -z "$run" ] || patiently scancel --signal=TERM "$SLURM_JOB_ID"  # the tasks, not this shell
 }
 
+# How often it was started again for another reason than that it had stopped in good order.
+troubles() { echo $((${SLURM_RESTART_COUNT:-0} - $(cat "$orderly" 2> /dev/null || echo 0))); }
+
 requeue() {
-  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$requeues" ]; then
-    say "$1; not requeued: --requeues $requeues. The same command goes on from its last checkpoint"
-    exit 1
-  fi
   say "$1; requeued, to go on from its last checkpoint"
-  for _ in 1 2 3 4 5; do  # the controller may be busy
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
-    sleep 10
-  done
+  patiently scontrol requeue "$SLURM_JOB_ID"
+  exit $?
+}
+
+give_up() {
+  say "$1; not requeued: --requeues $requeues. The same command goes on from its last checkpoint"
+  rm -f "$orderly"
   exit 1
 }
 
@@ -86,7 +113,9 @@ unset JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID  # Slurm tells wh
 export PYTHONUNBUFFERED=1
 
 failed="$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.failed"
-rm -f "$failed"
+orderly="$logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.orderly"
+rm -f "$failed".*
+[ "$(troubles)" -le "$requeues" ] || give_up "$(troubles) starts ended by trouble"
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
 if [ -z "$asked" ]; then
   srun --kill-on-bad-exit=1 --label ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
@@ -95,16 +124,26 @@ if [ -z "$asked" ]; then
   while [ -n "$(jobs -rp)" ]; do wait "$run"; done  # a trap interrupts it
   wait "$run"
   status=$?
-  if [ -f "$failed" ]; then read -r status < "$failed"; rm "$failed"; fi
+  if ls "$failed".* > /dev/null 2>&1; then
+    status=$(verdict $(cat "$failed".*))
+    rm "$failed".*
+  fi
 fi
 
-case $(scontrol show job --oneliner "$SLURM_JOB_ID") in
+case $(patiently scontrol show job --oneliner "$SLURM_JOB_ID") in
   *' JobState=CANCELLED '*) say "cancelled"; exit "$status" ;;
   *' PreemptTime=2'*) asked=${asked:-preempted} ;;  # the tasks were told by Slurm, and ended well
 esac
-[ -z "$asked" ] || requeue "$asked"
+if [ -n "$asked" ]; then
+  echo $(($(cat "$orderly" 2> /dev/null || echo 0) + 1)) > "$orderly"
+  requeue "$asked"
+fi
 if [ -n "$ended" ]; then say 'ended by Slurm'; exit "$status"; fi
-[ "$status" -lt 128 ] || requeue "a process was killed (status $status)"
+if [ "$status" -ge 128 ]; then
+  [ "$(troubles)" -lt "$requeues" ] || give_up "a process was killed (status $status)"
+  requeue "a process was killed (status $status)"
+fi
+rm -f "$orderly"
 say "the command ended with status $status"
 exit "$status"
 """
@@ -128,7 +167,8 @@ def parser():
                     help='another option of sbatch, as mem=200G or exclusive; may be repeated')
   made.add_argument('--signal-seconds', type=int, default=120,
                     help='before the time limit, to save in')
-  made.add_argument('--requeues', type=int, default=20, help='at most')
+  made.add_argument('--requeues', type=int, default=20,
+                    help='at most, after kills and failed nodes; its time and preemptions are free')
   made.add_argument('--folder', default='runs/slurm', help='of logs and scripts')
   made.add_argument('--activate', help='a virtual environment, or a file for the shell to read')
   made.add_argument('--dry-run', action='store_true', help='print the script alone')
@@ -153,7 +193,7 @@ def script(args):
   """The job's script, whose words stand in variables at its top. Raises commands.Refused."""
   values = dict(
     home=commands.quoted([pathlib.Path.cwd()]),
-    logs=folder(args),
+    logs=commands.quoted([folder(args)]),
     activate=commands.quoted([activation(args.activate)]) if args.activate else '',
     requeues=bounded(args.requeues, '--requeues', 0, 10_000),
     command=f'({commands.quoted(args.command)})',
@@ -194,8 +234,10 @@ def further(word):
   name, equals, value = word.partition('=')
   if not OPTION.fullmatch(name):
     raise commands.Refused(f'--sbatch={word!r}: NAME or NAME=VALUE, as mem=200G or exclusive')
-  if name in OURS:
-    raise commands.Refused(f'--sbatch={name}: the launcher says this or relies on it; see --help')
+  begun = [ours for ours in sorted(OURS) if ours.startswith(name)]  # sbatch takes it for that
+  if begun and name not in OTHERS:
+    raise commands.Refused(f'--sbatch={name}: the launcher says {begun[0]} or relies on it; see '
+                           '--help')
   commands.refuse_secrets([word])
   return f'{name}={plain(value, f"--sbatch={name}")}' if equals else name
 
@@ -268,12 +310,13 @@ def duration(text):
 
 
 def environment(env, args):
-  """(what of `env` goes along with the job, names of the secrets that do not).
+  """(what of `env` goes along with the job, names of the secrets that do not): by their names, or
+  for a password in an address or a token's form.
 
   Nor do a job's variables, where this one is submitted from another, nor those that sbatch would
   believe more than the script; a default that the script leaves open, as $SBATCH_ACCOUNT, holds.
   """
-  secrets = sorted(name for name in env if commands.SECRET.search(name))
+  secrets = sorted(name for name, value in env.items() if commands.secret(name, value))
   kept = [*KEPT, *(f'SBATCH_{name.upper()}' for name in WHERE if getattr(args, name) is None)]
   left = [name for name in env if name.startswith(('SLURM_', 'SBATCH_')) and name not in kept]
   return {name: env[name] for name in env if name not in {*secrets, *left}}, secrets

@@ -31,7 +31,9 @@ def test_words_arrive_as_they_are(words):
   ['git', 'https://me:abc@host/x'], ['--metadata=HF_TOKEN=abcdef'],
   ['bash', '-c', 'cd x && WANDB_API_KEY=abcdef python -m diffax.main'],
   ['--config.headers={"api_key": "abcdef"}'], ['--login', 'hf_' + 'abc' * 8],
-  ['ghp_' + 'abc' * 12], ['http://host/x?token=abcdef'],
+  ['ghp_' + 'abc' * 12], ['http://host/x?token=abcdef'], ['-hf_token', 'abcdef'],
+  ['https://abcdef@github.com/x'], ['PGPASSWORD=abc'], ['DB_PASS=abc'], ['hfToken=abc'],
+  ['OPENAI_API_KEY_2=abc'], ['MYAPIKEY=abc'], ['AZURE_CONNECTION_STRING=abc'],
 ])
 def test_secrets(words):
   """They are refused, and what is secret is not in the message."""
@@ -44,13 +46,14 @@ def test_secrets(words):
   ['--config.schedule.tokens=4096'], ['--config.model.tokenizer=clip'], ['--key'], ['monkey=1'],
   ['--config.seed=0'], ['gs://bucket/x:y@z'], ['http://host:8080/x'],
   ['bash', '-c', 'WANDB_API_KEY=$(cat key) python -m diffax.main'], ['--prompt', 'a token: ring'],
-  ['task-force-of-a-hundred-words'],
+  ['task-force-of-a-hundred-words'], ['OLDPWD=/x'], ['--config.monkey=1'], ['PATH=/bin'],
+  ['--prompt', '赤い　ハート', '👩\u200d🚀\u00a0!'],
 ])
 def test_what_is_no_secret(words):
   assert shlex.split(commands.quoted(words)) == words
 
 
-@pytest.mark.parametrize('word', ['a\nb', 'a\rb', 'a\0b', 'a\x1b[2Jb'])
+@pytest.mark.parametrize('word', ['a\nb', 'a\rb', 'a\0b', 'a\x1b[2Jb', 'a\u2028b', 'a\u202eb'])
 def test_lines(word):
   with pytest.raises(commands.Refused, match='one line'):
     commands.quoted([word])

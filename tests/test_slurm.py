@@ -84,15 +84,16 @@ def test_words_of_the_command(tmp_path):
   folder = tmp_path / "a 'folder'"
   folder.mkdir()
   (folder / 'venv').write_text('')
-  text = launch('--name=some', f'--folder={tmp_path}/logs', '--dry-run', '--activate=venv',
-                cwd=folder, command=HOSTILE).stdout
+  logs = f'{tmp_path}/R&D(1)|*[a]'
+  text = launch('--name=some', f'--folder={logs}', '--dry-run', '--activate=venv', cwd=folder,
+                command=HOSTILE).stdout
   head = text[: text.index(slurm.BODY)]
   line = next(line for line in head.splitlines() if line.startswith('readonly command='))
   assert shlex.split(line.removeprefix('readonly command=(').removesuffix(')')) == HOSTILE
   done = subprocess.run(
-    ['bash', '-c', head + 'printf "%s\\0" "$home" "$activate" "${command[@]}"'],
+    ['bash', '-c', head + 'printf "%s\\0" "$home" "$activate" "$logs" "${command[@]}"'],
     cwd=tmp_path, capture_output=True, text=True)
-  assert done.stdout.split('\0')[:-1] == [str(folder), str(folder / 'venv'), *HOSTILE]
+  assert done.stdout.split('\0')[:-1] == [str(folder), str(folder / 'venv'), logs, *HOSTILE]
   assert not done.stderr and not list(tmp_path.rglob('oops'))
 
 
@@ -119,6 +120,8 @@ def test_words_of_the_command(tmp_path):
   (['--sbatch=--mem=1'], ["--sbatch='--mem=1'", 'mem=200G']),
   (['--sbatch=gpus-per-task=1'], ['--sbatch=gpus-per-task', 'relies']),
   (['--sbatch=signal=B:TERM@3'], ['--sbatch=signal', 'relies']),
+  (['--sbatch=sig=B:TERM@3'], ['--sbatch=sig', 'signal', 'relies']),  # which sbatch takes for it
+  (['--sbatch=no-requeu'], ['--sbatch=no-requeu', 'relies']),
   (['--activate=nowhere'], ['--activate=nowhere', 'virtual environment']),
 ])
 def test_refused(arguments, words, tmp_path, monkeypatch, capsys):
@@ -184,7 +187,7 @@ class Script:
   def __init__(self, folder, command, *arguments, facts=RUNNING, **env):
     for name, text in dict(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL).items():
       executable(folder / 'bin', name, text)
-    (folder / 'logs').mkdir()
+    (folder / 'logs').mkdir(exist_ok=True)
     self.folder = folder
     env = dict(PATH=f'{folder}/bin:{os.environ["PATH"]}', SLURM_JOB_ID='7', SLURM_JOB_NAME='some',
                SLURM_JOB_NODELIST='n1', FACTS=facts, **env)
@@ -202,7 +205,8 @@ class Script:
     """(exit status, what scancel and scontrol were told, the rest of what was printed)."""
     said = self.process.communicate(timeout=60)[0]
     calls = self.folder / 'calls'
-    assert not list((self.folder / 'logs').iterdir())
+    left = [path.name for path in (self.folder / 'logs').iterdir()]
+    assert left == ['some-7.orderly'] * ('the nodes back' in said or 'preempted;' in said), left
     return self.process.returncode, calls.read_text().splitlines() if calls.exists() else [], said
 
 
@@ -214,6 +218,7 @@ class Script:
   ('exit 1', '143', 1, False, 'ended with status 1'),
   ('kill -KILL $$', None, 0, True, 'was killed (status 137)'),
   ('exit 0', '137', 0, True, 'was killed (status 137)'),  # and so was the shell that keeps it
+  ('exit 134', None, 0, True, 'was killed (status 134)'),
 ])
 def test_endings(command, srun, status, requeued, word, tmp_path):
   env = {} if srun is None else dict(SRUN_STATUS=srun)
@@ -229,6 +234,59 @@ def test_requeues_are_bounded(restarts, status, tmp_path):
   found, calls, said = script.end()
   assert (found, calls) == (status, [] if status else [REQUEUE]), said
   assert f'start {int(restarts) + 1}' in said and ('not requeued: --requeues 2' in said) == status
+
+
+def test_starts_that_failing_nodes_ended(tmp_path):
+  """Slurm starts those again by itself; they are bounded, too."""
+  found, calls, said = Script(tmp_path, ['true'], '--requeues=2', SLURM_RESTART_COUNT='3').end()
+  assert (found, calls) == (1, []) and '3 starts ended by trouble; not requeued' in said
+
+
+def test_stops_in_good_order_are_not_counted(tmp_path):
+  """A run of many days is one of many starts."""
+  (tmp_path / 'logs').mkdir()
+  (tmp_path / 'logs' / 'some-7.orderly').write_text('30\n')
+  script = Script(tmp_path, SAVES, '--requeues=2', SLURM_RESTART_COUNT='32')
+  script.says('here')
+  script.process.send_signal(signal.SIGUSR1)
+  status, calls, said = script.end()
+  assert (status, calls) == (0, ['scancel --signal=TERM 7', REQUEUE]), said
+  assert (tmp_path / 'logs' / 'some-7.orderly').read_text() == '31\n'
+
+
+@pytest.mark.parametrize('statuses, wanted', [
+  ('1 137', '137'), ('137 1', '137'),  # killed, and the other missed it
+  ('1 134', '1'), ('134 1', '1'),  # an error, for which another aborted
+  ('137 2', '2'), ('2 1', '2'), ('134', '134'), ('134 139', '139'), ('1 3', '1'),
+])
+def test_verdict(statuses, wanted):
+  """Whichever process ended first, and on whichever node."""
+  function = slurm.BODY[slurm.BODY.index('verdict() {') : slurm.BODY.index('patiently() {')]
+  said = subprocess.run(['bash', '-c', f'{function}\nverdict {statuses}'], capture_output=True,
+                        text=True, check=True)
+  assert said.stdout.strip() == wanted
+
+
+def test_stop_of_what_has_no_handler_yet(tmp_path):
+  """It has nothing to save: a stop that was wanted is no kill."""
+  script = Script(tmp_path, ['bash', '-c', 'echo here; exec sleep 60'])
+  script.says('here')
+  os.killpg(int((tmp_path / 'group').read_text()), signal.SIGTERM)
+  status, calls, said = script.end()
+  assert (status, calls) == (0, []), said
+
+
+def test_a_controller_that_is_busy(tmp_path):
+  """Slurm's programs are asked again."""
+  script = Script(tmp_path, SAVES, SLURM_PY_PAUSE='0.1')
+  scancel = tmp_path / 'bin' / 'scancel'
+  scancel.write_text(scancel.read_text().replace(
+    'echo', '[ -e tried ] || { touch tried; exit 1; }\necho', 1))
+  script.says('here')
+  script.process.send_signal(signal.SIGUSR1)
+  status, calls, said = script.end()
+  assert (tmp_path / 'tried').exists()
+  assert (status, calls) == (0, ['scancel --signal=TERM 7', REQUEUE]), said
 
 
 @pytest.mark.parametrize('signals', [1, 2])
@@ -298,8 +356,8 @@ def test_submission(tmp_path):
   wanted = rendered(tmp_path, '--qos=high', command=HOSTILE)
   done = submission(
     tmp_path, sbatch + 'echo "welcome"; echo "123;here"; echo "advice" >&2\n', '--qos=high',
-    command=HOSTILE, HF_TOKEN='hunter2', SLURM_JOB_ID='5', SBATCH_TIMELIMIT='1', SBATCH_QOS='low',
-    SLURM_CONF='there', SBATCH_ACCOUNT='mine', OTHER='kept')
+    command=HOSTILE, HF_TOKEN='hunter2', DB='postgres://me:hunter2@host', SLURM_JOB_ID='5',
+    SBATCH_TIMELIMIT='1', SBATCH_QOS='low', SLURM_CONF='there', SBATCH_ACCOUNT='mine', OTHER='kept')
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'words').read_text() == '--parsable 2\n'
   assert (tmp_path / 'given').read_text() == wanted
@@ -307,7 +365,7 @@ def test_submission(tmp_path):
   assert (tmp_path / 'logs' / 'some-123.sbatch').read_text() == wanted
   env = (tmp_path / 'env').read_text().splitlines()
   assert {'OTHER=kept', 'SLURM_CONF=there', 'SBATCH_ACCOUNT=mine'} <= set(env)
-  left = ('HF_TOKEN=', 'SLURM_JOB_ID=', 'SBATCH_TIMELIMIT=', 'SBATCH_QOS=')
+  left = ('HF_TOKEN=', 'DB=', 'SLURM_JOB_ID=', 'SBATCH_TIMELIMIT=', 'SBATCH_QOS=')
   assert not [line for line in env if line.startswith(left)]
   assert 'job 123' in done.stdout and f'{tmp_path}/logs/some-123.log' in done.stdout
   assert 'HF_TOKEN looks like a secret' in done.stdout and 'hunter2' not in done.stdout
