@@ -35,10 +35,11 @@ WEAK = {  # chips: topology; 16 images a chip
   256: 'v5e:16x16', 512: '2*v5e:16x16',
 }
 EACH = 16
+DRAWN = {'v5e:2x4': 8, 'h200:1x8': 8}  # 50 steps with guidance, 32 images a chip, on one host
 
 
 def cases():
-  """{name: (variant, topology, {setting: value})}."""
+  """{name: (variant, topology, {setting: value})}; what begins with draw_ is sampling."""
   found = {}
   for variant, settings in MODELS.items():
     for topology, chips in PODS.items():
@@ -49,6 +50,9 @@ def cases():
   for chips, topology in WEAK.items():
     mesh = split('xl2_256', chips, 2 if topology.startswith('2*') else 1)
     found[f'weak_{chips:03d}'] = 'xl2_256', topology, mesh | {'batch_size': EACH * chips}
+  for topology, chips in DRAWN.items():
+    found[f'draw_xl2_256_{named(topology)}'] = 'xl2_256', topology, {
+      'mesh.data': chips, 'sample.batch_size': 32 * chips}
   return found
 
 
@@ -69,6 +73,7 @@ def planned(name, variant, topology, settings, out):
   said = [f'--config.{key}={value}' for key, value in settings.items()]
   words = ['-m', 'diffax.main', '--mode', 'plan', '--config', f'{CONFIG}:{variant}', '--topology',
            topology, *said]
+  words += ['--plan.what=sample'] if name.startswith('draw') else []
   with tempfile.TemporaryDirectory() as folder:
     done = subprocess.run(
       [sys.executable, *words, '--workdir', folder], cwd=HERE.parents[1], text=True,
@@ -94,8 +99,10 @@ def table(plans):
     mesh = ', '.join(f'{k} {n}' for k, n in plan['settings']['mesh'].items() if n > 1)
     near, far = (sum(row[f'{k}_bytes'] for row in sent) / 1e9 for k in ('near', 'far'))
     fits = '' if plan['fits'] else ', does not fit'
+    model, pixels = name.removeprefix('draw_').split('_')[:2]
+    what = f'{model}/{pixels}' + ', a draw' * name.startswith('draw')
     lines.append(
-      f'| {name.split("_")[0]}/{name.split("_")[1]} | {plan["topology"]} | {mesh} | {peak} of '
+      f'| {what} | {plan["topology"]} | {mesh} | {peak} of '
       f'{memory["limit"] / 1e9:.1f}{fits} | {plan["flops_per_chip"] / 1e12:.1f} | {near:.2f}, '
       f'{far:.2f} | {plan["roofline_seconds"] * 1e3:.0f} ms | {plan["bound"]} | '
       f'{plan["images_per_second"]:.0f} | {plan["mfu_bound"]:.0%} |')
