@@ -69,8 +69,8 @@ def say(text, out):
   try:
     out.write(text)
     out.flush()
-  except (BrokenPipeError, ValueError):  # `... | head` has read enough
-    pass
+  except BrokenPipeError:  # `... | head` has read enough: the rest, and what is left, is for nobody
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def start(args, out=sys.stdout, of_host=None, processes=None):

@@ -324,7 +324,8 @@ def calm(faults, tmp_path_factory):
 def test_fault(faults, calm):
   """A host that hangs; tests of preemption, of encoding and of Slurm kill some."""
   folder, options, wanted = calm
-  found = faults.attempt('hang', folder, options, wanted, 0)
+  soon = options | dict(overrides=['watchdog=20'])
+  found = faults.attempt('hang', folder, soon, wanted, 0)
   assert found['lost'] <= 8
 
 

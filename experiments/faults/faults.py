@@ -128,7 +128,8 @@ def rows(workdir):
 
 def again(workdir, options, overrides=()):
   """Starts it again with the same command, to its end; the step it went on from."""
-  run = Cluster(workdir, overrides=overrides, **options)
+  overrides = *options.get('overrides', ()), *overrides
+  run = Cluster(workdir, **options | dict(overrides=overrides))
   if run.end():
     raise Failed(f'started again, it failed:\n{run.tail()}')
   found = re.search(r'going on from the checkpoint of step (\d+)', run.text())
