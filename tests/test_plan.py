@@ -281,7 +281,7 @@ def test_slices():
   assert found['islands'] == 2 and found['chips'] == 8
   far = sum(row['far_bytes'] for row in found['collectives'].values())
   split = found['parameters'] - found['hbm_bytes_per_chip']['whole'] / 16
-  assert split <= far <= 4 * found['parameters']  # in bfloat16 the least, half of twice a quarter
+  assert split / 2 <= far < 1.2 * split  # in bfloat16 a half, in float32 all of it
 
 
 @needs_libtpu
