@@ -181,8 +181,8 @@ def search(config, topology, what='train', say=lambda *_: None):
   """[plan] of the config and of others beside it, the best first: what fits, by images/s.
 
   Tried are meshes, with the best of them and the one of the least memory the policies of `remat`,
-  and where nothing fits microbatches; nothing that changes what is computed. say: is told each as
-  it is tried. Raises ConfigError where there is none.
+  and microbatches of what does not fit and might be faster than what does; nothing that changes
+  what is computed. say: is told each as it is tried. Raises ConfigError where there is none.
   """
   known(what)
   found, tried, refused = [], set(), []
@@ -211,8 +211,12 @@ def search(config, topology, what='train', say=lambda *_: None):
   for base in (best(found), min(found, key=_peak)):
     for policy in POLICIES if what == 'train' and 'remat' in config['model'] else ():
       attempt(_with(config, base, {'model.remat': policy}))
-  for parts in SHARES if what == 'train' and not best(found)['fits'] else ():
-    attempt(_with(config, best(found), {'accumulate': parts * config['accumulate']}))
+  larger = [each for each in found if not each['fits']] if what == 'train' else []
+  for base in sorted(larger, key=lambda each: (each['images_per_second'], -_peak(each)))[::-1]:
+    for parts in SHARES:
+      if best(found)['fits'] and best(found)['images_per_second'] >= base['images_per_second']:
+        break
+      attempt(_with(config, base, {'accumulate': parts * config['accumulate']}))
   return sorted(found, key=_rank, reverse=True)
 
 

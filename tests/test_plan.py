@@ -152,9 +152,10 @@ def searched(cpus, memory, *overrides):
 
 @pytest.mark.parametrize('memory, best', [
   (20, dict(fsdp=1, remat='none', accumulate=1)),  # all that is fastest fits
-  (12, dict(fsdp=8, remat='none', accumulate=1)),
-  (3, dict(fsdp=8, remat='nothing_saveable', accumulate=1)),
-  (2, dict(fsdp=8, remat='nothing_saveable', accumulate=2)),
+  (12, dict(fsdp=2, remat='none', accumulate=2)),  # in microbatches, not computed again
+  (3, dict(fsdp=8, remat='none', accumulate=8)),
+  (2, dict(fsdp=8, remat='dots_saveable', accumulate=8)),
+  (1.4, dict(fsdp=8, remat='nothing_saveable', accumulate=8)),
 ])
 def test_search(cpus, memory, best):
   """The fastest that fits is found, whatever of mesh, policy and microbatches it takes."""
